@@ -1,0 +1,58 @@
+"""NEFTune for Hugging Face, as its authors ran it."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .callback import NEFTuneCallback
+    from .config import NEFTuneConfig
+    from .embeddings import EmbeddingSite, find_input_embeddings
+    from .errors import NEFTuneError
+    from .hook import NEFTuneHandle, attach
+    from .lengths import sequence_lengths
+    from .noise import add_noise
+    from .sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
+    from .trainer import NEFTuneTrainerMixin
+
+# Each name is loaded when it is first used: torch, transformers' Trainer and TRL take seconds to import.
+_ROOMS = {
+    "EmbeddingSite": "embeddings",
+    "NEFTuneCallback": "callback",
+    "NEFTuneConfig": "config",
+    "NEFTuneError": "errors",
+    "NEFTuneHandle": "hook",
+    "NEFTuneSFTConfig": "sft",
+    "NEFTuneSFTTrainer": "sft",
+    "NEFTuneTrainerMixin": "trainer",
+    "add_noise": "noise",
+    "attach": "hook",
+    "find_input_embeddings": "embeddings",
+    "sequence_lengths": "lengths",
+}
+
+__all__ = [
+    "EmbeddingSite",
+    "NEFTuneCallback",
+    "NEFTuneConfig",
+    "NEFTuneError",
+    "NEFTuneHandle",
+    "NEFTuneSFTConfig",
+    "NEFTuneSFTTrainer",
+    "NEFTuneTrainerMixin",
+    "add_noise",
+    "attach",
+    "find_input_embeddings",
+    "sequence_lengths",
+]
+
+
+def __getattr__(name: str):
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

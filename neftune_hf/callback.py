@@ -1,0 +1,123 @@
+"""When a Trainer's run has noise: during optimisation steps, and at no other time."""
+
+import logging
+from dataclasses import replace
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+from .config import NEFTuneConfig, merge
+from .embeddings import unwrap
+from .errors import NoNoiseError
+from .hook import NEFTuneHandle, attached_handle
+
+logger = logging.getLogger(__name__)
+
+
+class NEFTuneCallback(TrainerCallback):
+    """NEFTune for any `transformers.Trainer`.
+
+    The noise is put on when an optimisation step begins and taken off when it ends, so evaluation, prediction, saving
+    and whatever else happens between two steps see a clean model. Settings that are not given here are taken from the
+    trainer's args, `neftune_noise_alpha` among them: then transformers' built-in NEFTune is switched off and this one
+    takes its place.
+
+    An exception inside a step leaves the noise on until the next run with this callback, or until [`detach`] is called;
+    [`NEFTuneTrainerMixin`] does that by itself.
+
+    Args:
+        **fields: The fields of [`NEFTuneConfig`].
+
+    Raises:
+        NEFTuneConfigError: A setting is out of range, or the args say otherwise.
+        EmbeddingNotFoundError: The model has no token embeddings.
+        NoNoiseError: The first step ended and an embedding was never noised.
+
+    Example:
+
+    ```python
+    >>> from transformers import Trainer
+    >>> from neftune_hf import NEFTuneCallback
+    >>> Trainer(model, args, train_dataset=dataset, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)]).train()
+    ```
+    """
+
+    def __init__(self, **fields):
+        NEFTuneConfig(**fields)
+        self.fields = fields
+        self.handle: NEFTuneHandle | None = None
+
+    def on_init_end(self, args, state, control, **kwargs):
+        merge(self.fields, args)
+
+    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
+        self.detach()
+        replaced = _remove_builtin(model)
+        if (stale := attached_handle(model)) is not None:  # left by an interrupted run of another trainer
+            stale.remove()
+        config = merge(self.fields, args)
+        if config.neftune_seed is None:
+            config = replace(config, neftune_seed=args.seed)
+        self.handle = NEFTuneHandle(model, config, rank=_data_rank(model, args))
+        if self.handle.sites and state.is_world_process_zero:
+            logger.info(
+                "NEFTune: %s noise, alpha %g (%s), on %s%s",
+                config.neftune_noise_type,
+                config.neftune_noise_alpha,
+                config.neftune_schedule,
+                ", ".join(map(str, self.handle.sites)),
+                "; it takes the place of transformers' built-in" if replaced else "",
+            )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.handle.set_step(state.global_step, state.max_steps)
+        self.handle.attach()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.handle.remove()
+        silent = [str(site) for site in self.handle.sites if not self.handle.draws[site.path]]
+        if silent:
+            raise NoNoiseError(
+                f"NEFTune hooked {', '.join(map(str, self.handle.sites))}, and a training step ended without noise on "
+                f"{', '.join(silent)}. Either the model was given `inputs_embeds` instead of token ids, or the "
+                "embedding is in eval mode, or the model embeds its tokens with another module. Pass token ids, or set "
+                "`neftune_noise_alpha=None`."
+            )
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.handle.remove()  # a step that a callback stopped half-way has no end
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.detach()
+
+    def detach(self) -> None:
+        """Take the noise off, whatever state the run is in."""
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def _remove_builtin(model: nn.Module) -> bool:
+    """Take transformers' own NEFTune off the model. The Trainer's clean-up at the end tolerates that it is gone."""
+    found = False
+    for module in model.modules():
+        for number in [n for n, hook in module._forward_hooks.items() if hook is neftune_post_forward_hook]:
+            del module._forward_hooks[number]
+            found = True
+        if "neftune_noise_alpha" in module.__dict__:
+            del module.neftune_noise_alpha
+    return found
+
+
+def _data_rank(model: nn.Module, args) -> int:
+    """Number of this process among those that hold different data; tensor-parallel peers hold the same and share it."""
+    from accelerate.state import AcceleratorState
+
+    mesh = AcceleratorState().device_mesh if AcceleratorState._shared_state else None
+    if mesh is None or not mesh.mesh_dim_names:
+        return args.process_index // (getattr(unwrap(model), "tp_size", None) or 1)
+    rank = 0
+    for name in mesh.mesh_dim_names:
+        if name != "tp":
+            rank = rank * mesh[name].size() + mesh.get_local_rank(name)
+    return rank

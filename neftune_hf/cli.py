@@ -1,0 +1,117 @@
+"""The command `neftune-hf`. Its parts import what they need when they run, so that help is instant."""
+
+import argparse
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+
+from .errors import NEFTuneConfigError, NEFTuneError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `neftune-hf`; the exit status is 0, or 2 for an error that names its remedy."""
+    parser = argparse.ArgumentParser(
+        prog="neftune-hf", description="NEFTune (noisy embedding fine-tuning) for Hugging Face models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "sft",
+        add_help=False,
+        help="supervised fine-tuning: --config FILE, and any field of TRL's SFTConfig, ModelConfig and ScriptArguments",
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("neftune_hf").setLevel(logging.INFO)
+    try:
+        {"sft": sft}[arguments.command](rest)
+    except NEFTuneError as error:
+        print(f"neftune-hf: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def sft(argv: Sequence[str]) -> None:
+    """`neftune-hf sft`: fine-tune with TRL, from a YAML file and the command line, and say what happened."""
+    import torch
+    from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+    from .data import load_instructions, to_prompt_completion
+    from .report import answer_to, summary
+    from .sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
+
+    script_args, training_args, model_args = _parse((ScriptArguments, NEFTuneSFTConfig, ModelConfig), argv)
+    if script_args.dataset_name is None or model_args.model_name_or_path is None:
+        raise NEFTuneConfigError(
+            "`dataset_name` and `model_name_or_path` are both needed, in --config FILE or as options."
+        )
+    splits = load_instructions(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    tokenizer = _tokenizer(model_args, training_args)
+    evaluates = training_args.eval_strategy != "no"
+    wanted = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates
+    if missing := set(wanted) - set(splits):
+        raise NEFTuneConfigError(
+            f"`dataset_name` {script_args.dataset_name} has the splits {', '.join(splits)}, "
+            f"not {', '.join(sorted(missing))}. "
+            "Name them with `dataset_train_split` and `dataset_test_split`, or set `eval_strategy: no`."
+        )
+    data = {
+        split: to_prompt_completion(
+            splits[split], f"{script_args.dataset_name} ({split})", bool(tokenizer.chat_template)
+        )
+        for split in wanted
+    }
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    trainer = NEFTuneSFTTrainer(
+        model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=data[script_args.dataset_train_split],
+        eval_dataset=data[script_args.dataset_test_split] if evaluates else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    example = next(iter(data[script_args.dataset_test_split])) if evaluates else None
+    before = answer_to(example, trainer) if example else None
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    after = answer_to(example, trainer) if example else None
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(summary(trainer, example, before, after))
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _parse(dataclass_types: tuple, argv: Sequence[str]) -> tuple:
+    """TRL's parser over a YAML file and options; what no dataclass knows is an error with the nearest known name."""
+    from trl import TrlParser
+
+    parser = TrlParser(dataclass_types, prog="neftune-hf sft")
+    *parsed, in_file, on_line = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    known = {action.dest for action in parser._actions}
+    for unknown, place in ((in_file, "the config file"), (on_line, "the command line")):
+        names = [word.removeprefix("--").split("=")[0] for word in unknown if word.startswith("--")] or unknown
+        if names:
+            near = difflib.get_close_matches(names[0], known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else " See `neftune-hf sft --help` for the fields."
+            raise NEFTuneConfigError(f"`{names[0]}` in {place} is not a field of this command.{hint}")
+    return tuple(parsed)
+
+
+def _tokenizer(model_args, training_args):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )

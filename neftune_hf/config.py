@@ -1,0 +1,93 @@
+"""The settings, validated once."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import NEFTuneConfigError
+
+_CHOICES = {
+    "neftune_noise_type": ("uniform", "gaussian", "bernoulli"),
+    "neftune_length": ("tokens", "width"),
+    "neftune_schedule": ("constant", "linear", "cosine"),
+}
+
+
+@dataclass(frozen=True)
+class NEFTuneConfig:
+    """Settings of one run. Every field has the same name in Python, in YAML and on the command line.
+
+    Args:
+        neftune_noise_alpha (`float`, *optional*):
+            The paper's alpha (it used 5, 10 and 15). `None` or 0 is off.
+        neftune_noise_type (`str`, defaults to `"uniform"`):
+            Distribution of u: `"uniform"` on (-1, 1), `"gaussian"` N(0, 1), or `"bernoulli"` on {-1, +1}.
+        neftune_length (`str`, defaults to `"tokens"`):
+            `"tokens"`: L is each sequence's own number of real tokens, and padding has no noise (the paper).
+            `"width"`: L is the padded width and every position has noise, as transformers' built-in does it.
+        neftune_schedule (`str`, defaults to `"constant"`):
+            Alpha over training: `"constant"`, or `"linear"` or `"cosine"` down to 0.
+        neftune_seed (`int`, *optional*):
+            Seed of the noise. `None` takes the trainer's `seed`.
+
+    Raises:
+        NEFTuneConfigError: A value is out of range. The message names the field.
+
+    Example:
+
+    ```python
+    >>> from neftune_hf import NEFTuneConfig
+    >>> NEFTuneConfig(neftune_noise_alpha=5).enabled
+    True
+    ```
+    """
+
+    neftune_noise_alpha: float | None = None
+    neftune_noise_type: str = "uniform"
+    neftune_length: str = "tokens"
+    neftune_schedule: str = "constant"
+    neftune_seed: int | None = None
+
+    def __post_init__(self):
+        alpha = self.neftune_noise_alpha
+        if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha < 0):
+            raise NEFTuneConfigError(
+                f"`neftune_noise_alpha` must be a finite number >= 0 or None, got {alpha!r} "
+                f"({type(alpha).__name__}). Use 5, 10 or 15 as in the paper, or None to switch NEFTune off."
+            )
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise NEFTuneConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        seed = self.neftune_seed
+        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
+            raise NEFTuneConfigError(
+                f"`neftune_seed` must be an int from 0 to 2**64 - 1 or None, got {seed!r} ({type(seed).__name__}). "
+                "None takes the trainer's `seed`."
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this run has noise at all."""
+        return bool(self.neftune_noise_alpha)
+
+
+FIELDS = tuple(field.name for field in fields(NEFTuneConfig))
+
+
+def merge(given: dict[str, Any], args: Any) -> NEFTuneConfig:
+    """The settings `given` to a callback or a trainer, completed by those of a trainer's `args`.
+
+    A field that both set must be set to the same value. A field of `args` at its default counts as not set.
+
+    Raises:
+        NEFTuneConfigError: Both set a field, to different values.
+    """
+    defaults = NEFTuneConfig()
+    in_args = {name: value for name, value in vars(args).items() if name in FIELDS and value != getattr(defaults, name)}
+    for name in given.keys() & in_args.keys():
+        if given[name] != in_args[name]:
+            raise NEFTuneConfigError(
+                f"`{name}` is {given[name]!r} for NEFTune's callback or trainer and {in_args[name]!r} in "
+                f"{type(args).__name__}. Set it in one of the two places only."
+            )
+    return NEFTuneConfig(**(in_args | given))

@@ -1,0 +1,134 @@
+"""Where token ids become embeddings in a model, through wrappers, adapters and composite models."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .errors import EmbeddingNotFoundError
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingSite:
+    """One place where token ids become embeddings.
+
+    Attributes:
+        path: Name of the module in the model, as in `named_modules()`.
+        module: The module whose output is the embedding: the one the model calls, adapters included.
+        embedding_dim: d, the width of its output.
+    """
+
+    path: str
+    module: nn.Module
+    embedding_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.path} ({type(self.module).__name__}, d={self.embedding_dim})"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, FSDP, DeepSpeed and `torch.compile`, in any nesting."""
+    from accelerate.utils import extract_model_from_parallel
+
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inner
+    return model
+
+
+def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
+    """The modules where token ids really become embeddings when `model` runs.
+
+    An encoder-decoder has one on each side, since its shared module is a holder of weights that forward never calls. A
+    PEFT model has the ones of its base model, with whatever adapter layer stands in their place. A composite model has
+    those of its text side.
+
+    Args:
+        model (`torch.nn.Module`): A transformers model, bare or wrapped (DDP, FSDP, `torch.compile`, PEFT, a value
+            head), or any module with a `get_input_embeddings` method.
+
+    Returns:
+        `list[EmbeddingSite]`: In the order of the model's modules, never empty.
+
+    Raises:
+        EmbeddingNotFoundError: There is no token embedding. The message says what was asked.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from neftune_hf import find_input_embeddings
+    >>> config = LlamaConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> print(*find_input_embeddings(LlamaForCausalLM(config)))
+    model.embed_tokens (Embedding, d=4)
+    ```
+    """
+    root = unwrap(model)
+    asked = _text_models(root)
+    found = {}
+    for text_model in asked:
+        embedding = _ask(text_model)
+        if embedding is not None and (table := _table(embedding)) is not None:
+            found[embedding] = table.embedding_dim
+    sites = [EmbeddingSite(path, module, found[module]) for path, module in root.named_modules() if module in found]
+    if not sites:
+        raise EmbeddingNotFoundError(
+            f"`model` is a {type(root).__name__} in which no token embedding was found: "
+            f"`get_input_embeddings()` of {', '.join(type(m).__name__ for m in asked)} gave no `torch.nn.Embedding`. "
+            "NEFTune needs a model that turns token ids into embeddings; give yours a `get_input_embeddings` method "
+            "that returns that module."
+        )
+    return sites
+
+
+def callers(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
+    """The modules around the site that are told the batch's layout, innermost first.
+
+    They are those of its ancestors whose forward takes an `attention_mask`; the innermost that is running when the
+    embedding runs is the one that called it.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+    ancestors = {}
+    for path, module in modules.items():
+        if module is site.module:
+            parts = path.split(".") if path else []
+            for depth in range(len(parts) + 1):
+                ancestor = modules[".".join(parts[:depth])]
+                ancestors[ancestor] = max(depth, ancestors.get(ancestor, 0))
+    takes_mask = [module for module in ancestors if "attention_mask" in forward_names(module)]
+    return sorted(takes_mask, key=ancestors.get, reverse=True)
+
+
+def forward_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of the module's forward, in order."""
+    import inspect
+
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _text_models(root: nn.Module) -> list[nn.Module]:
+    """The models to ask for their input embeddings: the outermost transformers models, encoders and decoders apart."""
+    from transformers import PreTrainedModel
+
+    outermost, inner = [], set()
+    for module in root.modules():
+        if isinstance(module, PreTrainedModel) and module not in inner:
+            outermost.append(module)
+            inner.update(module.modules())
+    text_models = []
+    for model in outermost or [root]:
+        if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
+            text_models += [model.get_encoder(), model.get_decoder()]
+        else:
+            text_models.append(model)
+    return text_models
+
+
+def _ask(text_model: nn.Module) -> nn.Module | None:
+    try:
+        return text_model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a speech encoder, or not a transformers model at all
+        return None
+
+
+def _table(embedding: nn.Module) -> nn.Embedding | None:
+    """The table of vectors in an embedding module, under adapters. Its weight is not looked at: it may be sharded."""
+    return next((module for module in embedding.modules() if isinstance(module, nn.Embedding)), None)

@@ -1,0 +1,25 @@
+"""What can go wrong, by name."""
+
+
+class NEFTuneError(ValueError):
+    """Base of every error that this library raises on purpose; catching it catches them all."""
+
+
+class NEFTuneConfigError(NEFTuneError):
+    """A setting is out of range, unknown, or given twice with different values."""
+
+
+class EmbeddingNotFoundError(NEFTuneError):
+    """The model has no place where token ids become embeddings, or none that noise can reach."""
+
+
+class NoNoiseError(NEFTuneError):
+    """A training step ended and a hooked embedding was never noised."""
+
+
+class DatasetError(NEFTuneError):
+    """A data file is missing, unreadable, empty, or lacks the columns of an instruction set."""
+
+
+class NEFTuneWarning(UserWarning):
+    """Noise is added, but with less knowledge of the batch than it should have."""

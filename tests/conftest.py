@@ -1,0 +1,78 @@
+"""Tiny models from config classes, a tokenizer of bytes, and the folder of real data: nothing is fetched."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB, D = 320, 32
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the folder of real records, {DATA}, is absent")
+
+
+def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": D,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "attention_dropout": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+
+
+def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    specials = ["<s>", "</s>", "<pad>"]
+    vocabulary = {token: i for i, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=2048
+    )
+    if chat:
+        fast.chat_template = (
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+            "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        )
+    return fast
+
+
+def token_dataset(rows: int = 24, shortest: int = 3, longest: int = 17) -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(shortest, longest + 1, (rows,), generator=generator).tolist()
+    ids = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def leftovers(model: torch.nn.Module) -> list[str]:
+    """Everything on the model that a clean model does not have: hooks, and attributes with our name."""
+    found = []
+    for path, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        found += [f"{path}: {hook}" for hook in hooks if "neftune" in f"{type(hook).__module__}{hook!r}"]
+        found += [f"{path}.{name}" for name in vars(module) if "neftune" in name]
+    return found
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
