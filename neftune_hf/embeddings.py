@@ -15,11 +15,13 @@ class EmbeddingSite:
         path: Name of the module in the model, as in `named_modules()`.
         module: The module whose output is the embedding: the one the model calls, adapters included.
         embedding_dim: d, the width of its output.
+        is_decoder: Whether it is the decoder's side of an encoder-decoder.
     """
 
     path: str
     module: nn.Module
     embedding_dim: int
+    is_decoder: bool = False
 
     def __str__(self) -> str:
         return f"{self.path} ({type(self.module).__name__}, d={self.embedding_dim})"
@@ -64,11 +66,11 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     root = unwrap(model)
     asked = _text_models(root)
     found = {}
-    for text_model in asked:
+    for text_model, is_decoder in asked.items():
         embedding = _ask(text_model)
         if embedding is not None and (table := _table(embedding)) is not None:
-            found[embedding] = table.embedding_dim
-    sites = [EmbeddingSite(path, module, found[module]) for path, module in root.named_modules() if module in found]
+            found[embedding] = table.embedding_dim, is_decoder
+    sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(
             f"`model` is a {type(root).__name__} in which no token embedding was found: "
@@ -104,8 +106,8 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def _text_models(root: nn.Module) -> list[nn.Module]:
-    """The models to ask for their input embeddings: the outermost transformers models, encoders and decoders apart."""
+def _text_models(root: nn.Module) -> dict[nn.Module, bool]:
+    """The models to ask for their input embeddings, each with whether it is the decoder of an encoder-decoder."""
     from transformers import PreTrainedModel
 
     outermost, inner = [], set()
@@ -113,12 +115,12 @@ def _text_models(root: nn.Module) -> list[nn.Module]:
         if isinstance(module, PreTrainedModel) and module not in inner:
             outermost.append(module)
             inner.update(module.modules())
-    text_models = []
+    text_models = {}
     for model in outermost or [root]:
         if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
-            text_models += [model.get_encoder(), model.get_decoder()]
+            text_models |= {model.get_encoder(): False, model.get_decoder(): True}
         else:
-            text_models.append(model)
+            text_models[model] = False
     return text_models
 
 

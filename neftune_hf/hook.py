@@ -1,8 +1,10 @@
 """Noise on a live model: the hooks, and the handle that puts them on and takes them off."""
 
+import functools
 import itertools
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from .config import NEFTuneConfig
 from .embeddings import EmbeddingSite, callers, find_input_embeddings, forward_names, unwrap
 from .errors import NEFTuneError
-from .lengths import LENGTH_KEYS, lengths_of_call
+from .lengths import LENGTH_KEYS, lengths_of_call, mask_of_labels
 from .noise import add_noise, noise_key, scheduled_alpha
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, NEFTuneHandle]" = weakref.WeakKeyDictionary()
@@ -164,7 +166,7 @@ class _Hook:
         return _inert
 
     def __reduce__(self):
-        return "_inert"
+        return functools.partial, (_inert,)
 
 
 class _CountCall(_Hook):
@@ -187,7 +189,7 @@ class _Enter(_Hook):
 
     def __call__(self, module, args, kwargs):
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        self.given[self.number] = {key: given[key] for key in LENGTH_KEYS if given.get(key) is not None}
+        self.given[self.number] = {key: given[key] for key in (*LENGTH_KEYS, "labels") if given.get(key) is not None}
 
 
 class _Leave(_Hook):
@@ -209,6 +211,15 @@ class _Noise(_Hook):
         self.key, self.draws = handle._keys[index], handle._draws[index]
         self.noise_type = handle.config.neftune_noise_type
         self.by_width = handle.config.neftune_length == "width"
+        self.is_decoder = site.is_decoder
+
+    def given_to_caller(self) -> dict[str, Any]:
+        running = [self.given[number] for number in self.callers if number in self.given]
+        given = running[0] if running else {}
+        if self.is_decoder and "attention_mask" not in given:
+            labels = next((outer["labels"] for outer in running if "labels" in outer), None)
+            return given if labels is None else given | {"attention_mask": mask_of_labels(labels)}
+        return given
 
     def __call__(self, module, args, output):
         if not (module.training and torch.is_grad_enabled()):
@@ -217,7 +228,6 @@ class _Noise(_Hook):
             if self.by_width:
                 lengths = torch.full(output.shape[:-1], output.shape[1], device=output.device)
             else:
-                given = next((self.given[number] for number in self.callers if number in self.given), {})
-                lengths = lengths_of_call(given, output)
+                lengths = lengths_of_call(self.given_to_caller(), output)
             output.copy_(add_noise(output, lengths, self.alpha, self.key, self.calls, self.noise_type))
             self.draws.add_(1)

@@ -9,6 +9,7 @@ import torch
 from .errors import NEFTuneWarning
 
 LENGTH_KEYS = ("attention_mask", "position_ids", "cu_seq_lens_q")
+_IGNORED_LABEL = -100
 
 
 def sequence_lengths(
@@ -98,6 +99,11 @@ def lengths_of_call(given: Mapping[str, Any], output: torch.Tensor) -> torch.Ten
     if not known:
         _warn_width(given, "neither a 2- or 4-dimensional `attention_mask` nor 2-dimensional `position_ids`")
     return sequence_lengths(shape, **known, device=output.device)
+
+
+def mask_of_labels(labels: torch.Tensor) -> torch.Tensor:
+    """A decoder's mask where none is given: its inputs are the labels shifted right, real up to the last label."""
+    return (labels != _IGNORED_LABEL).flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def _from_square_mask(attention_mask: torch.Tensor) -> torch.Tensor:

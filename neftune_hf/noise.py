@@ -91,7 +91,8 @@ def noise_scale(lengths: torch.Tensor, d: int, neftune_noise_alpha: torch.Tensor
         lengths: Integers of any shape, each token's L.
         d: Embedding dimension.
     """
-    return neftune_noise_alpha / (lengths.clamp(min=1).float() * d).sqrt() * (lengths > 0)
+    alpha = torch.as_tensor(neftune_noise_alpha, dtype=torch.float32)  # number / tensor would round twice
+    return alpha / (lengths.clamp(min=1).float() * d).sqrt() * (lengths > 0)
 
 
 def add_noise(

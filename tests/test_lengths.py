@@ -1,0 +1,111 @@
+"""Each token's L for every layout, against a plain-Python reference."""
+
+import warnings
+
+import pytest
+import torch
+
+from neftune_hf import sequence_lengths
+from neftune_hf.errors import NEFTuneWarning
+from neftune_hf.lengths import lengths_of_call
+
+# (documents of each row as lists of real-token counts, with None for one padding token)
+LAYOUTS = {
+    "unpadded": [[5], [5]],
+    "right padding": [[3, None, None], [5]],
+    "left padding": [[None, None, 3], [5]],
+    "both sides": [[None, 3, None], [None, None, None, None, 1]],
+    "all padding": [[None, None], [2]],
+    "packed": [[2, 3, 1]],
+    "packed, two rows": [[2, 3, 1], [6]],
+    "packed with padding": [[2, 3, None], [4, 1, None]],
+    "documents of one token": [[1, 1, 1]],
+    "a single token": [[1]],
+}
+
+
+def build(rows):
+    """Expected lengths, mask and positions of a layout."""
+    lengths, mask, positions = [], [], []
+    for row in rows:
+        lengths.append([n or 0 for n in row for _ in range(n or 1)])
+        mask.append([int(n is not None) for n in row for _ in range(n or 1)])
+        positions.append([p for n in row for p in range(n or 1)])
+    return torch.tensor(lengths), torch.tensor(mask), torch.tensor(positions)
+
+
+def is_packed(rows):
+    return any(sum(n is not None for n in row) > 1 for row in rows)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_mask_and_positions(name):
+    lengths, mask, positions = build(LAYOUTS[name])
+    found = sequence_lengths(lengths.shape, attention_mask=mask, position_ids=positions)
+    assert found.tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize("name", [name for name, rows in LAYOUTS.items() if not is_packed(rows)])
+def test_mask_alone(name, dtype):
+    lengths, mask, _ = build(LAYOUTS[name])
+    assert sequence_lengths(lengths.shape, attention_mask=mask.to(dtype)).tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize("name", [name for name, rows in LAYOUTS.items() if not any(None in row for row in rows)])
+def test_positions_alone_and_bounds_alone(name):
+    rows = LAYOUTS[name]
+    lengths, _, positions = build(rows)
+    assert sequence_lengths(lengths.shape, position_ids=positions).tolist() == lengths.tolist()
+    bounds = torch.tensor([0, *(n for row in rows for n in row)]).cumsum(0).to(torch.int32)
+    assert sequence_lengths(lengths.shape, cu_seq_lens_q=bounds).tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("additive", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_square_mask(name, causal, additive):
+    lengths, mask, _ = build(LAYOUTS[name])
+    documents = torch.tensor([[i for i, n in enumerate(row) for _ in range(n or 1)] for row in LAYOUTS[name]])
+    kept = (documents[:, :, None] == documents[:, None, :]) & mask[:, None, :].bool()
+    if causal:
+        kept = kept.tril()
+    square = torch.zeros(kept.shape).masked_fill(~kept, torch.finfo(torch.float32).min) if additive else kept
+    assert sequence_lengths(lengths.shape, attention_mask=square[:, None]).tolist() == lengths.tolist()
+
+
+def test_positions_of_one_row_serve_the_batch():
+    assert sequence_lengths((2, 3), position_ids=torch.tensor([[0, 1, 2]])).tolist() == [[3] * 3] * 2
+
+
+def test_left_padding_with_positions_that_run_on():
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    for positions in ([[0, 1, 2, 3, 4]], [[1, 1, 0, 1, 2]], [[0, 0, 0, 1, 2]]):
+        found = sequence_lengths((1, 5), attention_mask=mask, position_ids=torch.tensor(positions))
+        assert found.tolist() == [[0, 0, 3, 3, 3]]
+
+
+def test_mask_wider_than_the_ids_and_narrower():
+    wider = torch.tensor([[1, 1, 1, 1, 0]])  # two virtual tokens or cached ones stand before
+    assert sequence_lengths((1, 3), attention_mask=wider).tolist() == [[2, 2, 0]]
+    narrower = torch.tensor([[1, 1, 0]])  # the model pads its ids to a window
+    assert sequence_lengths((1, 5), attention_mask=narrower).tolist() == [[2, 2, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "shape", "expected"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, (3, 2, 4), [[2, 3], [2, 3], [0, 3]]),  # time-major
+        ({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, (6, 4), [2, 2, 0, 3, 3, 3]),  # flat ids
+    ],
+)
+def test_outputs_that_are_not_batch_by_length(given, shape, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lengths_of_call(given, torch.zeros(shape)).tolist() == expected
+
+
+@pytest.mark.parametrize("given", [{}, {"attention_mask": {"full": 1}}, {"position_ids": torch.zeros(3, 2, 4)}])
+def test_nothing_to_go_by_is_the_width_with_a_warning(given):
+    with pytest.warns(NEFTuneWarning, match="padded width"):
+        assert lengths_of_call(given, torch.zeros(2, 4, 8)).tolist() == [[4] * 4] * 2

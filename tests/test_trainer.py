@@ -1,0 +1,438 @@
+"""NEFTune in a Trainer's life: the callback, the mixin, TRL's trainer, and what faults leave behind."""
+
+import itertools
+import logging
+import pickle
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers.integrations.neftune import neftune_post_forward_hook
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from neftune_hf import (
+    NEFTuneCallback,
+    NEFTuneError,
+    NEFTuneSFTConfig,
+    NEFTuneSFTTrainer,
+    NEFTuneTrainerMixin,
+    add_noise,
+    sequence_lengths,
+)
+from neftune_hf.errors import NoNoiseError
+from neftune_hf.noise import noise_key
+
+from .conftest import VOCAB, D, byte_tokenizer, leftovers, tiny_llama, token_dataset
+
+COMMON = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 3,
+}
+
+
+class MixedTrainer(NEFTuneTrainerMixin, Trainer):
+    pass
+
+
+def pad(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    filled = [
+        {
+            "input_ids": row["input_ids"] + [2] * (width - len(row["input_ids"])),
+            "attention_mask": [1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])),
+            "labels": row["labels"] + [-100] * (width - len(row["labels"])),
+        }
+        for row in rows
+    ]
+    return default_data_collator(filled)
+
+
+def make(tmp_path, trainer_class=Trainer, model=None, alpha=None, callbacks=(), **settings):
+    args = TrainingArguments(str(tmp_path), neftune_noise_alpha=alpha, **(COMMON | settings))
+    return trainer_class(
+        model or tiny_llama(), args, data_collator=pad, train_dataset=token_dataset(), eval_dataset=token_dataset(6),
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def train(trainer, **kwargs):
+    """As if the trainer had just been made: its constructor seeds dropout, and others were made since."""
+    set_seed(trainer.args.seed)
+    trainer.train(**kwargs)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Probe(TrainerCallback):
+    """Keeps the embedding's input and output of every forward call that has gradients, and of every other one."""
+
+    def __init__(self, model):
+        self.training, self.other = [], []
+        model.get_input_embeddings().register_forward_hook(self.keep)
+
+    def keep(self, module, args, output):
+        kept = self.training if module.training and torch.is_grad_enabled() else self.other
+        clean = torch.nn.functional.embedding(args[0], module.weight)
+        kept.append((args[0].clone(), output.detach().clone(), clean.detach()))
+
+
+@pytest.mark.parametrize("alpha", [None, 0])
+def test_off_is_bit_identical_dropout_included(tmp_path, alpha):
+    without, off = make(tmp_path), make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=alpha)])
+    train(without)
+    train(off)
+    assert losses(without) == losses(off)
+    for a, b in zip(without.model.parameters(), off.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_noise_of_a_run_can_be_computed_again(tmp_path):
+    """Every forward call of a run with gradient accumulation: e' is the reference at (seed, rank, step, call, site)."""
+    model = tiny_llama()
+    trainer = make(
+        tmp_path, model=model, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)], gradient_accumulation_steps=2
+    )
+    seen = []
+
+    def keep(module, args, output):
+        seen.append((args[0], output.detach().clone(), module.weight.detach().clone()))
+
+    class Late(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.hook = model.get_input_embeddings().register_forward_hook(keep)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.hook.remove()
+
+    trainer.add_callback(Late())
+    train(trainer)
+    assert len(seen) == 8
+    for number, (ids, noisy, weight) in enumerate(seen):
+        lengths = sequence_lengths(ids.shape, attention_mask=(ids != 2).long())
+        key = noise_key(COMMON["seed"], rank=0, step=number // 2, site=0)
+        assert torch.equal(noisy, add_noise(weight[ids], lengths, 5, key, call=number % 2 + 1))
+
+
+def test_alpha_zero_and_five_are_a_pair(tmp_path):
+    """Same batches and same dropout masks: at an alpha too small to matter, the losses are those without noise."""
+    plain = make(tmp_path)
+    tiny = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=1e-30)])
+    noisy = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    for trainer in (plain, tiny, noisy):
+        train(trainer)
+    assert losses(plain) == losses(tiny)
+    assert losses(plain) != losses(noisy)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"auto_find_batch_size": True}])
+def test_evaluation_and_saving_are_clean(tmp_path, settings):
+    model = tiny_llama()
+    seen = []
+
+    class Look(TrainerCallback):
+        def look(self, args, state, control, **kwargs):
+            seen.append(leftovers(model))
+
+        on_init_end = on_train_begin = on_epoch_end = on_evaluate = on_save = on_log = on_train_end = look
+
+    callbacks = [NEFTuneCallback(neftune_noise_alpha=5), Look()]
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2} | settings
+    trainer = make(tmp_path, model=model, callbacks=callbacks, eval_on_start=True, **settings)
+    probe = Probe(model)
+    train(trainer)
+    predicted = trainer.predict(token_dataset(6)).metrics
+    assert len(seen) > 8
+    assert not any(seen)
+    assert len(probe.training) >= 4
+    assert all(torch.equal(noisy, clean) for _, noisy, clean in probe.other)
+    reference = make(tmp_path, model=model).predict(token_dataset(6)).metrics
+    assert predicted["test_loss"] == reference["test_loss"]
+    assert not any("neftune" in key for key in model.state_dict())
+
+
+def test_the_built_in_gives_way_and_the_log_says_so(tmp_path, caplog):
+    model = tiny_llama()
+    trainer = make(tmp_path, model=model, alpha=5, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    reference = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    built_in = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            hooks = model.get_input_embeddings()._forward_hooks.values()
+            built_in.append([hook for hook in hooks if hook is neftune_post_forward_hook])
+
+    trainer.add_callback(Look())
+    with caplog.at_level(logging.INFO, logger="neftune_hf"):
+        train(trainer)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("neftune_hf")]
+    assert len(lines) == 1
+    assert "model.embed_tokens (Embedding, d=32)" in lines[0]
+    assert "takes the place of transformers' built-in" in lines[0]
+    train(reference)
+    assert built_in == [[]] * 4
+    assert losses(trainer) == losses(reference)
+    assert leftovers(model) == []
+
+
+def test_args_alone_are_enough_for_the_callback(tmp_path):
+    by_args = make(tmp_path, alpha=5, callbacks=[NEFTuneCallback()])
+    by_callback = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    by_mixin = make(tmp_path, MixedTrainer, alpha=5)
+    for trainer in (by_args, by_callback, by_mixin):
+        train(trainer)
+    assert losses(by_args) == losses(by_callback) == losses(by_mixin)
+
+
+def test_two_different_alphas_are_refused(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(NEFTuneError, match=r"is 7 .* and 5 in TrainingArguments"):
+        make(tmp_path, model=model, alpha=5, callbacks=[NEFTuneCallback(neftune_noise_alpha=7)])
+    trainer = make(tmp_path, model=model, alpha=5)
+    trainer.add_callback(NEFTuneCallback(neftune_noise_alpha=7))
+    with pytest.raises(NEFTuneError, match=r"is 7 .* and 5 in TrainingArguments"):
+        train(trainer)
+    assert leftovers(model) == []
+
+
+def test_callback_trainer_and_mixin_train_alike(tmp_path):
+    data, tokenizer = token_dataset(), byte_tokenizer()
+    common = COMMON | {"output_dir": str(tmp_path), "bf16": False}
+    alpha = {"neftune_noise_alpha": 5}
+    config = NEFTuneSFTConfig(**alpha, **common)
+    runs = [
+        NEFTuneSFTTrainer(tiny_llama(), args=config, train_dataset=data, processing_class=tokenizer),
+        NEFTuneSFTTrainer(tiny_llama(), SFTConfig(**common), train_dataset=data, processing_class=tokenizer, **alpha),
+        SFTTrainer(
+            tiny_llama(),
+            SFTConfig(**common),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[NEFTuneCallback(**alpha)],
+        ),
+    ]
+    for trainer in runs:
+        train(trainer)
+    assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
+    assert len(losses(runs[0])) == 4
+
+
+@pytest.mark.parametrize("layout", [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}])
+def test_packed_rows_have_each_documents_own_length(tmp_path, layout):
+    model, seen = tiny_llama(), []
+    config = NEFTuneSFTConfig(neftune_noise_alpha=5, output_dir=str(tmp_path), bf16=False, **layout, **COMMON)
+    trainer = NEFTuneSFTTrainer(model, args=config, train_dataset=token_dataset(40), processing_class=byte_tokenizer())
+
+    class Late(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            def given(module, args, kwargs):
+                seen.append((kwargs["position_ids"], None))
+
+            def noisy(module, args, output):
+                seen[-1] = (seen[-1][0], (output - module.weight[args[0]]).detach())
+
+            self.hooks = [
+                model.get_input_embeddings().register_forward_hook(noisy),
+                model.model.register_forward_pre_hook(
+                    lambda m, a, k: seen.append((k["position_ids"], None)), with_kwargs=True
+                ),
+            ]
+
+        def on_step_end(self, args, state, control, **kwargs):
+            for hook in self.hooks:
+                hook.remove()
+
+    trainer.add_callback(Late())
+    train(trainer)
+    assert len(seen) == 4
+    documents = 0
+    for positions, noise in seen:
+        starts = [*(positions[0] == 0).nonzero().flatten().tolist(), positions.shape[1]]
+        for start, end in itertools.pairwise(starts):
+            bound = 5 / ((end - start) * D) ** 0.5
+            assert 0.9 * bound < noise[0, start:end].abs().max() <= bound * (1 + 1e-5)
+            documents += 1
+    assert documents >= 8
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, event, error):
+        self.armed = True
+        setattr(self, event, lambda *a, **k: self.fire(error))
+
+    def fire(self, error):
+        if self.armed:
+            self.armed = False
+            raise error
+
+
+EVENTS = ["on_train_begin", "on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", [*EVENTS, "forward", "backward", "collator"])
+def test_after_a_fault_the_model_is_clean_and_the_next_run_is_right(tmp_path, where, error):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    model, untouched = tiny_llama(), make(tmp_path / "a", MixedTrainer, alpha=5, **settings)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make(tmp_path / "b", MixedTrainer, model=model, alpha=5, **settings)
+    if where in EVENTS:
+        trainer.add_callback(Interrupt(where, error))
+    elif where == "collator":
+        trainer.data_collator = lambda rows: (_ for _ in ()).throw(error)
+    elif where == "forward":
+        broken = model.model.layers[1].register_forward_pre_hook(lambda *call: (_ for _ in ()).throw(error))
+    else:
+        broken = model.lm_head.weight.register_hook(lambda grad: (_ for _ in ()).throw(error))
+    with pytest.raises(error):
+        train(trainer)
+    if where in ("forward", "backward"):
+        broken.remove()
+    assert leftovers(model) == []
+    model.load_state_dict(start)
+    again = make(tmp_path / "c", MixedTrainer, model=model, alpha=5, **settings)
+    train(again)
+    train(untouched)
+    assert losses(again) == losses(untouched)
+    plain, fresh = make(tmp_path / "d", model=model), make(tmp_path / "e")
+    model.load_state_dict(start)
+    train(plain)
+    train(fresh)
+    assert losses(plain) == losses(fresh)
+
+
+def test_the_callback_heals_what_an_interrupted_run_left(tmp_path):
+    model = tiny_llama()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    callbacks = [NEFTuneCallback(neftune_noise_alpha=5), Interrupt("on_pre_optimizer_step", KeyboardInterrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        train(make(tmp_path, model=model, callbacks=callbacks))
+    model.load_state_dict(start)
+    again = make(tmp_path, model=model, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    fresh = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    train(again)
+    train(fresh)
+    assert losses(again) == losses(fresh)
+    assert leftovers(model) == []
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_resumed_run_is_bit_identical(tmp_path, schedule):
+    fields = {"neftune_noise_alpha": 5, "neftune_schedule": schedule}
+    settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    whole = make(tmp_path / "whole", callbacks=[NEFTuneCallback(**fields)], **settings)
+    train(whole)
+    resumed = make(tmp_path / "resumed", callbacks=[NEFTuneCallback(**fields)], **settings)
+    train(resumed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_site_that_never_fires_is_an_error(tmp_path):
+    class Embedded(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            ids = inputs.pop("input_ids")
+            table = model.get_input_embeddings().weight
+            return model(inputs_embeds=torch.nn.functional.embedding(ids, table), **inputs).loss
+
+    model = tiny_llama()
+    trainer = make(tmp_path, Embedded, model=model, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    with pytest.raises(NoNoiseError, match=r"without noise on model\.embed_tokens .*inputs_embeds"):
+        train(trainer)
+    assert leftovers(model) == []
+
+
+def test_each_trial_and_each_run_has_its_own_alpha(tmp_path):
+    trainer = make(tmp_path, MixedTrainer, alpha=5)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(trainer.neftune_callback.handle.alpha)
+
+    trainer.add_callback(Look())
+    for alpha in (5, 10, None):
+        trainer.args.neftune_noise_alpha = alpha
+        train(trainer)
+    assert seen == [5] * 4 + [10] * 4 + [0] * 4
+    assert pickle.loads(pickle.dumps(trainer.args)).neftune_noise_alpha is None
+
+
+def test_the_mixin_takes_a_callback_that_is_there_already(tmp_path):
+    callback = NEFTuneCallback(neftune_noise_alpha=5)
+    trainer = make(tmp_path, MixedTrainer, callbacks=[callback])
+    assert trainer.neftune_callback is callback
+    kinds = [type(c) for c in trainer.callback_handler.callbacks]
+    assert kinds.count(NEFTuneCallback) == 1
+    reference = make(tmp_path, MixedTrainer, alpha=5)
+    train(trainer)
+    train(reference)
+    assert losses(trainer) == losses(reference)
+
+
+def test_unknown_keywords_still_raise(tmp_path):
+    with pytest.raises(TypeError, match="neftune_alpha"):
+        make(tmp_path, lambda *a, **k: MixedTrainer(*a, neftune_alpha=5, **k))
+
+
+def test_one_liner(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # TRL's default is bfloat16, which its config refuses where there is no GPU
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    trainer = NEFTuneSFTTrainer(model_folder, train_dataset=token_dataset(), neftune_noise_alpha=5)
+    assert trainer.neftune_callback.fields == {"neftune_noise_alpha": 5}
+    with pytest.raises(NEFTuneError, match="`neftune_noise_alpha`"):
+        NEFTuneSFTTrainer(model_folder, train_dataset=token_dataset(), neftune_noise_alpha="5")
+
+
+class NEFTuneDPOTrainer(NEFTuneTrainerMixin, DPOTrainer):
+    pass
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_dpo_noises_the_policy_and_never_the_reference(tmp_path, adapter):
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    pairs = {"prompt": ["one", "two"] * 4, "chosen": [" yes", " good day"] * 4, "rejected": [" no", " bye"] * 4}
+    config = DPOConfig(str(tmp_path), neftune_noise_alpha=5, bf16=False, **(COMMON | {"max_steps": 2}))
+    model = tiny_llama()
+    trainer = NEFTuneDPOTrainer(
+        model, ref_model=None if adapter else tiny_llama(), args=config, train_dataset=Dataset.from_dict(pairs),
+        processing_class=byte_tokenizer(chat=False),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None,
+    )  # fmt: skip
+    noised = {"policy": [], "reference": []}
+
+    class Late(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            def keep(module, args, output):
+                clean = torch.nn.functional.embedding(args[0], module.weight)
+                kind = "policy" if torch.is_grad_enabled() else "reference"
+                noised[kind].append(not torch.equal(output, clean))
+
+            models = [trainer.model] + [trainer.ref_model] * (trainer.ref_model is not None)
+            self.hooks = [m.get_input_embeddings().register_forward_hook(keep) for m in models]
+
+        def on_step_end(self, args, state, control, **kwargs):
+            for hook in self.hooks:
+                hook.remove()
+
+    trainer.add_callback(Late())
+    train(trainer)
+    assert noised["policy"]
+    assert all(noised["policy"])
+    assert noised["reference"]
+    assert not any(noised["reference"])
+
+
+def test_vocabulary_covers_the_tokenizer():
+    assert len(byte_tokenizer()) <= VOCAB
