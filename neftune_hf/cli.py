@@ -91,12 +91,16 @@ def sft(argv: Sequence[str]) -> None:
 
 def _parse(dataclass_types: tuple, argv: Sequence[str]) -> tuple:
     """TRL's parser over a YAML file and options; what no dataclass knows is an error with the nearest known name."""
+    import yaml
     from trl import TrlParser
 
     parser = TrlParser(dataclass_types, prog="neftune-hf sft")
-    *parsed, in_file, on_line = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    try:
+        *parsed, in_file, on_line = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except (OSError, yaml.YAMLError) as error:
+        raise NEFTuneConfigError(f"`--config` cannot be read: {error}") from error
     known = {action.dest for action in parser._actions}
     for unknown, place in ((in_file, "the config file"), (on_line, "the command line")):
         names = [word.removeprefix("--").split("=")[0] for word in unknown if word.startswith("--")] or unknown
