@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import TrainerCallback
@@ -11,6 +12,9 @@ from .config import NEFTuneConfig, merge
 from .embeddings import unwrap
 from .errors import NoNoiseError
 from .hook import NEFTuneHandle, attached_handle
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ class NEFTuneCallback(TrainerCallback):
         config = merge(self.fields, args)
         if config.neftune_seed is None:
             config = replace(config, neftune_seed=args.seed)
-        self.handle = NEFTuneHandle(model, config, rank=_data_rank(model, args))
+        self.handle = NEFTuneHandle(model, config, rank=data_rank(_device_mesh(model), args.process_index))
         if self.handle.sites and state.is_world_process_zero:
             logger.info(
                 "NEFTune: %s noise, alpha %g (%s), on %s%s",
@@ -109,15 +113,23 @@ def _remove_builtin(model: nn.Module) -> bool:
     return found
 
 
-def _data_rank(model: nn.Module, args) -> int:
-    """Number of this process among those that hold different data; tensor-parallel peers hold the same and share it."""
+def data_rank(mesh: "DeviceMesh | None", process_index: int) -> int:
+    """Number of this process among those that hold different data, and so draw different noise.
+
+    On a device mesh tensor-parallel peers hold the same data and share a number; every other axis splits the data, by
+    rows or, in context parallelism, along the sequence.
+    """
+    if mesh is None:
+        return process_index
+    rank = 0
+    for name, size in zip(mesh.mesh_dim_names, mesh.shape, strict=True):
+        if name != "tp":
+            rank = rank * size + mesh.get_local_rank(name)
+    return rank
+
+
+def _device_mesh(model: nn.Module) -> "DeviceMesh | None":
+    """Accelerate's mesh, or the one over which transformers sharded the model when it loaded it."""
     from accelerate.state import AcceleratorState
 
-    mesh = AcceleratorState().device_mesh if AcceleratorState._shared_state else None
-    if mesh is None or not mesh.mesh_dim_names:
-        return args.process_index // (getattr(unwrap(model), "tp_size", None) or 1)
-    rank = 0
-    for name in mesh.mesh_dim_names:
-        if name != "tp":
-            rank = rank * mesh[name].size() + mesh.get_local_rank(name)
-    return rank
+    return AcceleratorState().device_mesh or getattr(unwrap(model), "_device_mesh", None)

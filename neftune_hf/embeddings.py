@@ -6,6 +6,8 @@ from torch import nn
 
 from .errors import EmbeddingNotFoundError
 
+_PLACEHOLDER_KEYS = [f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")]
+
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSite:
@@ -16,12 +18,14 @@ class EmbeddingSite:
         module: The module whose output is the embedding: the one the model calls, adapters included.
         embedding_dim: d, the width of its output.
         is_decoder: Whether it is the decoder's side of an encoder-decoder.
+        placeholders: Token ids whose embeddings are overwritten by image, video or audio features.
     """
 
     path: str
     module: nn.Module
     embedding_dim: int
     is_decoder: bool = False
+    placeholders: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.path} ({type(self.module).__name__}, d={self.embedding_dim})"
@@ -69,7 +73,7 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     for text_model, is_decoder in asked.items():
         embedding = _ask(text_model)
         if embedding is not None and (table := _table(embedding)) is not None:
-            found[embedding] = table.embedding_dim, is_decoder
+            found[embedding] = table.embedding_dim, is_decoder, _placeholders(text_model)
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(
@@ -122,6 +126,12 @@ def _text_models(root: nn.Module) -> dict[nn.Module, bool]:
         else:
             text_models[model] = False
     return text_models
+
+
+def _placeholders(text_model: nn.Module) -> tuple[int, ...]:
+    """Ids that stand for features of another modality, by the names that transformers' configs give them."""
+    ids = [getattr(getattr(text_model, "config", None), name, None) for name in _PLACEHOLDER_KEYS]
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 
 def _ask(text_model: nn.Module) -> nn.Module | None:

@@ -189,7 +189,9 @@ class _Enter(_Hook):
 
     def __call__(self, module, args, kwargs):
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        self.given[self.number] = {key: given[key] for key in (*LENGTH_KEYS, "labels") if given.get(key) is not None}
+        self.given[self.number] = {
+            key: given[key] for key in (*LENGTH_KEYS, "input_ids", "labels") if given.get(key) is not None
+        }
 
 
 class _Leave(_Hook):
@@ -211,7 +213,7 @@ class _Noise(_Hook):
         self.key, self.draws = handle._keys[index], handle._draws[index]
         self.noise_type = handle.config.neftune_noise_type
         self.by_width = handle.config.neftune_length == "width"
-        self.is_decoder = site.is_decoder
+        self.is_decoder, self.placeholders = site.is_decoder, site.placeholders
 
     def given_to_caller(self) -> dict[str, Any]:
         running = [self.given[number] for number in self.callers if number in self.given]
@@ -228,6 +230,6 @@ class _Noise(_Hook):
             if self.by_width:
                 lengths = torch.full(output.shape[:-1], output.shape[1], device=output.device)
             else:
-                lengths = lengths_of_call(self.given_to_caller(), output)
+                lengths = lengths_of_call(self.given_to_caller(), args[0], self.placeholders)
             output.copy_(add_noise(output, lengths, self.alpha, self.key, self.calls, self.noise_type))
             self.draws.add_(1)

@@ -145,6 +145,7 @@ def test_composite_model_is_noised_on_its_text_side():
     )
     model = transformers.LlavaForConditionalGeneration(config).train()
     ids = torch.randint(3, 60, (2, 6))
+    ids[0, :2] = 63  # an image stands here
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
     outputs = []
     with attach(model, neftune_noise_alpha=5) as handle:
@@ -154,6 +155,8 @@ def test_composite_model_is_noised_on_its_text_side():
         embedding.register_forward_hook(lambda *call: outputs.append(call[2].detach().clone()))
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
     noise = outputs[0] - clean
+    assert torch.equal(noise[0, :2], torch.zeros(2, 16))
+    assert noise[0, 2:].std().item() == pytest.approx(5 / (3 * 4 * 16) ** 0.5, rel=0.25)
     assert torch.equal(noise[1, 3:], torch.zeros(3, 16))
     assert noise[1, :3].std().item() == pytest.approx(5 / (3 * 3 * 16) ** 0.5, rel=0.25)
 

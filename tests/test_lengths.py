@@ -93,19 +93,47 @@ def test_mask_wider_than_the_ids_and_narrower():
 
 
 @pytest.mark.parametrize(
-    ("given", "shape", "expected"),
+    ("shape", "expected"),
     [
-        ({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, (3, 2, 4), [[2, 3], [2, 3], [0, 3]]),  # time-major
-        ({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, (6, 4), [2, 2, 0, 3, 3, 3]),  # flat ids
+        ((3, 2), [[2, 3], [2, 3], [0, 3]]),  # time-major
+        ((6,), [2, 2, 0, 3, 3, 3]),
+        ((1, 2, 3), [[[2, 2, 0], [3, 3, 3]]]),
     ],
 )
-def test_outputs_that_are_not_batch_by_length(given, shape, expected):
+def test_ids_that_are_not_batch_by_length(shape, expected):
+    given = {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert lengths_of_call(given, torch.zeros(shape)).tolist() == expected
+        assert lengths_of_call(given, torch.zeros(shape, dtype=torch.int64)).tolist() == expected
+
+
+def test_a_square_batch_that_is_time_major_is_known_by_its_ids():
+    ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])
+    given = {"attention_mask": mask, "input_ids": ids}
+    assert lengths_of_call(given, ids).tolist() == [[2, 2], [1, 0]]
+    assert lengths_of_call(given, ids.T).tolist() == [[2, 1], [2, 0]]
+
+
+PLACED = [[9, 9, 5, 6, 7, 0]]  # 9 stands for an image's features; the last is padding
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_mask": torch.tensor([[1] * 5 + [0]])},
+        {"attention_mask": torch.tensor([[1] * 5 + [0]]), "position_ids": torch.arange(6)[None]},
+        {"attention_mask": torch.ones(6, 6).tril().bool()[None, None] & (torch.arange(6) < 5)},
+    ],
+)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_places_that_features_overwrite_do_not_count(given, replaced):
+    ids = torch.tensor(PLACED)
+    looked_up = ids.masked_fill(ids == 9, 0) if replaced else ids
+    found = lengths_of_call(given | {"input_ids": ids}, looked_up, placeholders=(8, 9))
+    assert found.tolist() == [[0, 0, 3, 3, 3, 0]]
 
 
 @pytest.mark.parametrize("given", [{}, {"attention_mask": {"full": 1}}, {"position_ids": torch.zeros(3, 2, 4)}])
 def test_nothing_to_go_by_is_the_width_with_a_warning(given):
     with pytest.warns(NEFTuneWarning, match="padded width"):
-        assert lengths_of_call(given, torch.zeros(2, 4, 8)).tolist() == [[4] * 4] * 2
+        assert lengths_of_call(given, torch.zeros(2, 4, dtype=torch.int64)).tolist() == [[4] * 4] * 2
