@@ -30,6 +30,9 @@ class NEFTuneCallback(TrainerCallback):
     An exception inside a step leaves the noise on until the next run with this callback, or until [`detach`] is called;
     [`NEFTuneTrainerMixin`] does that by itself.
 
+    Each training log gets `neftune/alpha`; reporters of `report_to`, which are called before it, see it only with
+    [`NEFTuneTrainerMixin`].
+
     Args:
         **fields: The fields of [`NEFTuneConfig`].
 
@@ -94,6 +97,16 @@ class NEFTuneCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.detach()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs.update(self.metrics(logs))
+        state.log_history[-1].update(self.metrics(logs))
+
+    def metrics(self, logs: dict[str, float]) -> dict[str, float]:
+        """What NEFTune adds to a training log: `neftune/alpha`, at the step that is logged."""
+        if self.handle is None or not self.handle.sites or "loss" not in logs:
+            return {}
+        return {"neftune/alpha": self.handle.alpha}
 
     def detach(self) -> None:
         """Take the noise off, whatever state the run is in."""

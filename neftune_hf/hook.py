@@ -12,8 +12,9 @@ from torch import nn
 from .config import NEFTuneConfig
 from .embeddings import EmbeddingSite, callers, find_input_embeddings, forward_names, unwrap
 from .errors import NEFTuneError
+from .kernels import add_noise_
 from .lengths import LENGTH_KEYS, lengths_of_call, mask_of_labels
-from .noise import add_noise, noise_key, scheduled_alpha
+from .noise import noise_key, scheduled_alpha
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, NEFTuneHandle]" = weakref.WeakKeyDictionary()
 
@@ -231,5 +232,5 @@ class _Noise(_Hook):
                 lengths = torch.full(output.shape[:-1], output.shape[1], device=output.device)
             else:
                 lengths = lengths_of_call(self.given_to_caller(), args[0], self.placeholders)
-            output.copy_(add_noise(output, lengths, self.alpha, self.key, self.calls, self.noise_type))
+            add_noise_(output, lengths, self.alpha, self.key, self.calls, self.noise_type)
             self.draws.add_(1)

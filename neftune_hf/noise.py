@@ -66,11 +66,16 @@ def random_words(
     Returns:
         `torch.Tensor`: int32 of `shape` (..., d). The leading axes are numbered as one, row by row.
     """
+    tokens, channels = token_and_channel_words(key, call, shape, device)
+    return _mix32_high(tokens[:, None] + channels).view(shape)
+
+
+def token_and_channel_words(key, call, shape, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The int32 words of the tokens, (prod(...),), and of the channels, (d,), of a batch of `shape` (..., d)."""
     *leading, d = shape
     k0, k1 = _call_words(key, call)
     tokens = _mix32(_mix32(_arange(math.prod(leading), device) ^ k0) ^ k1)
-    channels = _mix32(_mix32(_arange(d, device) ^ k1) + k0)
-    return _mix32_high(tokens[:, None] + channels[None, :]).view(shape)
+    return tokens, _mix32(_mix32(_arange(d, device) ^ k1) + k0)
 
 
 def unit_noise(words: torch.Tensor, noise_type: str = "uniform") -> torch.Tensor:
@@ -105,8 +110,9 @@ def add_noise(
 ) -> torch.Tensor:
     """NEFTune on a batch of embeddings: e' = e + alpha / sqrt(L * d) * u.
 
-    Scale, draw and sum are computed in float32 and rounded once to the dtype of `embeddings`. This is the readable
-    reference; it is out of place and differentiable (the noise is a constant, so the gradient passes unchanged).
+    Scale, draw and sum are computed in float32 (the sum in float64 where `embeddings` are) and rounded once. This is
+    the readable reference; it is out of place and differentiable (the noise is a constant: the gradient passes
+    unchanged).
 
     Args:
         embeddings (`torch.Tensor`): (..., d), floating point.
@@ -131,7 +137,8 @@ def add_noise(
     """
     u = unit_noise(random_words(key, call, embeddings.shape, embeddings.device), neftune_noise_type)
     scale = noise_scale(lengths, embeddings.shape[-1], neftune_noise_alpha)
-    return (embeddings.float() + scale.unsqueeze(-1) * u).to(embeddings.dtype)
+    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    return (embeddings.to(wide) + scale.unsqueeze(-1) * u).to(embeddings.dtype)
 
 
 def _splitmix64(x: int) -> int:

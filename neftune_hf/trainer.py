@@ -36,6 +36,9 @@ class NEFTuneTrainerMixin:
         self.neftune_callback = self.pop_callback(NEFTuneCallback) or callback
         self.add_callback(self.neftune_callback)
 
+    def log(self, logs, *args, **kwargs):
+        super().log(logs | self.neftune_callback.metrics(logs), *args, **kwargs)
+
     def train(self, *args, **kwargs):
         try:
             return super().train(*args, **kwargs)

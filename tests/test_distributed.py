@@ -29,7 +29,6 @@ def test_ranks_draw_their_own_noise_and_a_resumed_run_is_the_same(tmp_path, kind
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
-        "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": str(ROOT),
     }
     command = [*launch, "-m", "tests.two_processes", kind, str(tmp_path)]

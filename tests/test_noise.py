@@ -1,6 +1,8 @@
 """The formula against an independent float64 loop, the bits against plain-Python integers, and their statistics."""
 
+import functools
 import math
+import operator
 
 import pytest
 import torch
@@ -122,30 +124,92 @@ def test_rounded_noise_is_unbiased(dtype):
     assert abs(noise.mean() / (noise.std() / math.sqrt(noise.numel()))) < 4.5
 
 
-def test_no_linear_dependence():
-    """Neighbours in channel, token, call, step, rank and site; products of three, four and five."""
-    u = unit_noise(random_words(noise_key(1), 0, (1024, 2048)))
+def z(*factors):
+    """The mean of a product of independent draws, in its own standard deviations."""
+    product = math.prod(factors)
+    return (product.mean(dtype=torch.float64) * math.sqrt(3 ** len(factors) * product.numel())).item()
 
-    def z(*factors):
-        product = math.prod(factors).double()
-        return (product.mean() * math.sqrt(3 ** len(factors) * product.numel())).item()
 
+def z_of_sum(first, *others):
+    """The same for cos(pi * (first - sum of others)): one where the first is their sum modulo 2, as u is."""
+    turns = first - sum(others)
+    return (torch.cos(math.pi * turns).mean(dtype=torch.float64) * math.sqrt(2 * turns.numel())).item()
+
+
+# Lags at which the outputs of additive and of exclusive-or generators depend on each other (Knuth; Ziff 1998).
+TAPS = [(5, 17), (24, 55), (37, 100), (103, 250), (38, 89, 61, 127), (471, 1586, 6988, 9689)]
+
+
+def dependence(u):
+    """Scores of products of draws of one batch, (tokens, channels): standard normal if they are independent.
+
+    A lagged-Fibonacci generator is exposed by the three or five outputs at its lags, a pool that is read at random
+    offsets by rows that repeat at a shift, a hash of (row + column) by the corners of rectangles.
+    """
     scores = [z(u[:, :-lag], u[:, lag:]) for lag in range(1, 65)] + [z(u[:-lag], u[lag:]) for lag in range(1, 65)]
-    others = [noise_key(1, rank=1), noise_key(1, step=1), noise_key(1, site=1), noise_key(2)]
-    scores += [z(u, unit_noise(random_words(key, 0, u.shape))) for key in others]
-    scores += [z(u, unit_noise(random_words(noise_key(1), 1, u.shape)))]
-    scores += [z(u[:, : -2 * i], u[:, i:-i], u[:, 2 * i :]) for i in range(1, 17)]
-    for i in (1, 2, 7, 64):  # rectangles: what a hash of (row + column) would show first
+    scores += [z(u[:, : -2 * i], u[:, i:-i], u[:, 2 * i :]) for i in range(1, 9)]
+    flat = u.flatten()[: 2**21]
+    for taps in TAPS:
+        longest = max(taps)
+        tapped = [flat[longest:], *(flat[longest - tap : len(flat) - tap] for tap in taps)]
+        signs = math.prod(x.sign() for x in tapped)
+        scores += [z_of_sum(*tapped), (signs.mean(dtype=torch.float64) * math.sqrt(signs.numel())).item()]
+    for i in (1, 2, 7, 64):
         for j in (1, 2, 7, 64):
             scores.append(z(u[:-i, :-j], u[:-i, j:], u[i:, :-j], u[i:, j:]))
-    scores.append(z(u[:, :-4], u[:, 1:-3], u[:, 2:-2], u[:, 3:-1], u[:, 4:]))
-    scores = torch.tensor(scores)
-    assert scores.abs().max() < 4.8
-    assert 0.8 < scores.std() < 1.2
+    # rows against each other at every shift: the largest of many, brought back to one standard normal score
+    rows = u[:64].double()
+    spectrum = torch.fft.rfft(rows, 2 * rows.shape[1])
+    pairs = torch.triu_indices(64, 64, offset=1)
+    cross = torch.fft.irfft(spectrum[pairs[0]] * spectrum[pairs[1]].conj(), 2 * rows.shape[1])
+    largest = cross.abs().max().item() * 3 / math.sqrt(rows.shape[1])
+    scores.append(stats.norm.isf(min(1.0, cross.numel() * 2 * stats.norm.sf(largest))))
+    return torch.tensor(scores)
+
+
+def is_independent(scores):
+    return bool(scores.abs()[scores.isfinite()].max() < 4.8 and not (scores == math.inf).any())
+
+
+def test_draws_are_independent():
+    u = unit_noise(random_words(noise_key(1), 0, (2560, 4096)))
+    assert u.numel() > 1e7
+    scores = dependence(u)
+    assert is_independent(scores), scores
+    assert 0.8 < scores[:-1].std() < 1.2
+
+
+def test_calls_steps_ranks_sites_and_seeds_are_independent():
+    shape = (2560, 4096)
+    u = unit_noise(random_words(noise_key(1), 0, shape))
+    others = [noise_key(1, rank=1), noise_key(1, step=1), noise_key(1, site=1), noise_key(2)]
+    scores = [z(u, unit_noise(random_words(key, 0, shape))) for key in others]
+    scores.append(z(u, unit_noise(random_words(noise_key(1), 1, shape))))
+    assert max(map(abs, scores)) < 4.5
+
+
+def lagged(n, taps, combine):
+    """The words of a generator that combines its outputs `taps` ago."""
+    x = torch.randint(0, 2**32, (n,), generator=torch.Generator().manual_seed(0))
+    for start in range(max(taps), n, min(taps)):
+        end = min(start + min(taps), n)
+        x[start:end] = functools.reduce(combine, (x[start - tap : end - tap] for tap in taps)) % 2**32
+    return (x - 2**31).to(torch.int32)
+
+
+def test_the_test_of_independence_sees_bad_generators():
+    pool = torch.rand(2**16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    offsets = torch.randint(0, 2**16 - 1024, (1024,), generator=torch.Generator().manual_seed(1))
+    assert not is_independent(dependence(torch.stack([pool[start : start + 1024] for start in offsets])))
+    for taps in TAPS:
+        for combine in (operator.add, operator.xor):
+            words = lagged(1024 * 256, taps, combine).view(1024, 256)
+            assert not is_independent(dependence(unit_noise(words)))
+    assert is_independent(dependence(torch.rand(1024, 1024, generator=torch.Generator().manual_seed(2)) * 2 - 1))
 
 
 def test_pairs_are_uniform():
-    u = unit_noise(random_words(noise_key(11), 0, (1024, 2048)))
+    u = unit_noise(random_words(noise_key(11), 0, (2560, 4096)))
     for first, second in ((u[:, :-1], u[:, 1:]), (u[:-1], u[1:])):
         cells = ((first + 1) * 16).long() * 32 + ((second + 1) * 16).long()
         counts = torch.bincount(cells.flatten(), minlength=1024)

@@ -13,8 +13,8 @@ from .conftest import ROOT
 
 PACKAGE = ROOT / "neftune_hf"
 # fmt: off
-ROOMS = ["errors", "config", "noise", "lengths", "embeddings", "hook", "callback", "trainer", "sft", "data", "report",
-         "cli"]
+ROOMS = ["errors", "config", "noise", "kernels", "lengths", "embeddings", "hook", "callback", "trainer", "sft", "data",
+         "report", "cli"]
 # fmt: on
 CORE = [room for room in ROOMS if room not in ("data", "report", "cli")]
 

@@ -324,6 +324,30 @@ def test_the_callback_heals_what_an_interrupted_run_left(tmp_path):
     assert leftovers(model) == []
 
 
+class Reporter(TrainerCallback):
+    """As `report_to`'s: it comes before the callbacks that a user gives."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("mixin", [True, False])
+def test_a_schedule_is_logged_step_by_step(tmp_path, mixin):
+    reporter = Reporter()
+    fields = {"neftune_noise_alpha": 8, "neftune_schedule": "linear"}
+    if mixin:
+        trainer = make(tmp_path, lambda *a, **k: MixedTrainer(*a, **k, **fields), callbacks=[reporter])
+    else:
+        trainer = make(tmp_path, callbacks=[NEFTuneCallback(**fields), reporter])
+    train(trainer)
+    for logs in (trainer.state.log_history, reporter.logs):
+        assert [entry["neftune/alpha"] for entry in logs if "loss" in entry] == [8, 6, 4, 2]
+        assert not any("neftune/alpha" in entry for entry in logs if "loss" not in entry)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_a_resumed_run_is_bit_identical(tmp_path, schedule):
     fields = {"neftune_noise_alpha": 5, "neftune_schedule": schedule}

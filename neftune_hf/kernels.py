@@ -1,0 +1,55 @@
+"""The noise of `noise.py` added in place, in one pass over memory: the same random integers, the same sums.
+
+A tensor of the batch's size is never made on a CPU: the work goes through it in blocks that stay in the cache. A
+compiled graph gets the plain formula, which the compiler fuses; so do other devices.
+"""
+
+import math
+
+import torch
+
+from .noise import add_noise, noise_scale, token_and_channel_words
+
+_BLOCK = 96 * 1024  # elements; two int32 buffers of this size are 768 KiB
+
+
+def add_noise_(
+    embeddings: torch.Tensor,
+    lengths: torch.Tensor,
+    neftune_noise_alpha: torch.Tensor | float,
+    key: torch.Tensor | int,
+    call: torch.Tensor | int = 0,
+    neftune_noise_type: str = "uniform",
+) -> torch.Tensor:
+    """[`add_noise`] in place, without a node in the autograd graph. Arguments and result as there."""
+    with torch.no_grad():
+        if embeddings.device.type == "cpu" and not torch.compiler.is_compiling() and embeddings.is_contiguous():
+            return _in_blocks(embeddings, lengths, neftune_noise_alpha, key, call, neftune_noise_type)
+        return embeddings.copy_(add_noise(embeddings, lengths, neftune_noise_alpha, key, call, neftune_noise_type))
+
+
+def _in_blocks(embeddings, lengths, alpha, key, call, noise_type) -> torch.Tensor:
+    d = embeddings.shape[-1]
+    e = embeddings.view(-1, d)
+    tokens, channels = token_and_channel_words(key, call, e.shape, e.device)
+    scale = noise_scale(lengths, d, alpha).view(-1, 1)
+    rows = max(1, min(_BLOCK // d, len(e)))
+    block, scratch = torch.empty(2, rows, d, dtype=torch.int32)
+    for start in range(0, len(e), rows):
+        part = e[start : start + rows]
+        x, y = block[: len(part)], scratch[: len(part)]
+        torch.add(tokens[start : start + rows, None], channels, out=x)
+        # the hash and u of noise.py, each operation in place
+        x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=y).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+        x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=y).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
+        u = y.view(torch.float32).copy_(x.bitwise_right_shift_(7).bitwise_or_(1)).mul_(2.0**-24)
+        if noise_type == "gaussian":
+            u.erfinv_().mul_(math.sqrt(2))
+        elif noise_type == "bernoulli":
+            u.sign_()
+        noise = u.mul_(scale[start : start + rows])
+        if part.dtype.itemsize < noise.dtype.itemsize:
+            part.copy_(noise.add_(part))
+        else:
+            part.add_(noise)
+    return embeddings
