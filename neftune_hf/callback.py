@@ -30,8 +30,8 @@ class NEFTuneCallback(TrainerCallback):
     An exception inside a step leaves the noise on until the next run with this callback, or until [`detach`] is called;
     [`NEFTuneTrainerMixin`] does that by itself.
 
-    Each training log gets `neftune/alpha`; reporters of `report_to`, which are called before it, see it only with
-    [`NEFTuneTrainerMixin`].
+    Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`. The reporters of `report_to`, which are
+    called before this callback, see them only with [`NEFTuneTrainerMixin`].
 
     Args:
         **fields: The fields of [`NEFTuneConfig`].
@@ -101,12 +101,17 @@ class NEFTuneCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs.update(self.metrics(logs))
         state.log_history[-1].update(self.metrics(logs))
+        if "loss" in logs and self.handle is not None:
+            self.handle.reset_power()
 
     def metrics(self, logs: dict[str, float]) -> dict[str, float]:
-        """What NEFTune adds to a training log: `neftune/alpha`, at the step that is logged."""
+        """What NEFTune adds to a training log: alpha at the step that is logged, and the ratio since the last log."""
         if self.handle is None or not self.handle.sites or "loss" not in logs:
             return {}
-        return {"neftune/alpha": self.handle.alpha}
+        ratio = self.handle.noise_to_embedding_db
+        return {"neftune/alpha": self.handle.alpha} | (
+            {} if ratio is None else {"neftune/noise_to_embedding_db": ratio}
+        )
 
     def detach(self) -> None:
         """Take the noise off, whatever state the run is in."""

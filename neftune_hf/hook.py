@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from .embeddings import EmbeddingSite, callers, find_input_embeddings, forward_n
 from .errors import NEFTuneError
 from .kernels import add_noise_
 from .lengths import LENGTH_KEYS, lengths_of_call, mask_of_labels
-from .noise import noise_key, scheduled_alpha
+from .noise import VARIANCE, noise_key, noise_scale, scheduled_alpha
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, NEFTuneHandle]" = weakref.WeakKeyDictionary()
 
@@ -78,6 +79,7 @@ class NEFTuneHandle:
         self._calls = torch.zeros((), dtype=torch.int64)
         self._keys = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
         self._draws = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
+        self._power = [torch.zeros(2) for _ in self.sites]  # of noise and of embeddings, summed over sampled tokens
         self._given: dict[int, dict] = {}  # what each running caller was given, by its number
         self.set_step(0)
 
@@ -109,6 +111,17 @@ class NEFTuneHandle:
     def draws(self) -> dict[str, int]:
         """How often each site has been noised, by its path."""
         return {site.path: count.item() for site, count in zip(self.sites, self._draws, strict=True)}
+
+    @property
+    def noise_to_embedding_db(self) -> float | None:
+        """10 * log10 of the noise's power over the embeddings', in the first row of each batch since the last reset."""
+        noise, embedding = sum(power.cpu() for power in self._power).tolist() if self.sites else (0.0, 0.0)
+        return 10 * math.log10(noise / embedding) if noise and embedding else None
+
+    def reset_power(self) -> None:
+        """Begin `noise_to_embedding_db` anew."""
+        for power in self._power:
+            power.zero_()
 
     def attach(self) -> None:
         """Put the hooks on. Nothing happens when they are on already."""
@@ -212,9 +225,19 @@ class _Noise(_Hook):
         self.given, self.callers = handle._given, callers
         self.alpha, self.calls = handle._alpha, handle._calls
         self.key, self.draws = handle._keys[index], handle._draws[index]
+        self.powers, self.index = handle._power, index
         self.noise_type = handle.config.neftune_noise_type
         self.by_width = handle.config.neftune_length == "width"
         self.is_decoder, self.placeholders = site.is_decoder, site.placeholders
+
+    def measure(self, embeddings: torch.Tensor, lengths: torch.Tensor) -> None:
+        if self.powers[self.index].device != embeddings.device:
+            self.powers[self.index] = self.powers[self.index].to(embeddings.device)
+        d = embeddings.shape[-1]
+        noise = noise_scale(lengths, d, self.alpha).square().sum() * d * VARIANCE[self.noise_type]
+        wide = torch.promote_types(embeddings.dtype, torch.float32)
+        embedding = torch.linalg.vector_norm(embeddings, dim=-1, dtype=wide).square() * (lengths > 0)
+        self.powers[self.index].add_(torch.stack([noise, embedding.sum().float()]))
 
     def given_to_caller(self) -> dict[str, Any]:
         running = [self.given[number] for number in self.callers if number in self.given]
@@ -232,5 +255,6 @@ class _Noise(_Hook):
                 lengths = torch.full(output.shape[:-1], output.shape[1], device=output.device)
             else:
                 lengths = lengths_of_call(self.given_to_caller(), args[0], self.placeholders)
+            self.measure(output[:1], lengths[:1])
             add_noise_(output, lengths, self.alpha, self.key, self.calls, self.noise_type)
             self.draws.add_(1)

@@ -12,6 +12,8 @@ import math
 
 import torch
 
+VARIANCE = {"uniform": 1 / 3, "gaussian": 1.0, "bernoulli": 1.0}  # of u
+
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - 2**32

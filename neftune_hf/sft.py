@@ -1,10 +1,12 @@
 """Supervised fine-tuning with TRL: its config and its trainer, with NEFTune."""
 
+import warnings
 from dataclasses import dataclass, field
 
 from trl import SFTConfig, SFTTrainer
 
 from .config import FIELDS, NEFTuneConfig
+from .errors import NEFTuneWarning
 from .trainer import NEFTuneTrainerMixin
 
 
@@ -39,6 +41,14 @@ class NEFTuneSFTConfig(SFTConfig):
     def __post_init__(self):
         NEFTuneConfig(**{name: getattr(self, name) for name in FIELDS})
         super().__post_init__()
+        wrapped = self.packing and self.packing_strategy == "wrapped"
+        if self.neftune_noise_alpha and self.neftune_length == "tokens" and wrapped:
+            warnings.warn(
+                "`packing_strategy='wrapped'` cuts documents anywhere and keeps no bounds, so NEFTune takes each row's "
+                "width as L. Use `packing_strategy='bfd'` for the paper's noise.",
+                NEFTuneWarning,
+                stacklevel=3,
+            )
 
 
 class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):

@@ -1,7 +1,10 @@
 """NEFTune for a class of trainers: the mixin."""
 
+import warnings
+
 from .callback import NEFTuneCallback
 from .config import FIELDS
+from .errors import NEFTuneWarning
 
 
 class NEFTuneTrainerMixin:
@@ -40,7 +43,21 @@ class NEFTuneTrainerMixin:
         super().log(logs | self.neftune_callback.metrics(logs), *args, **kwargs)
 
     def train(self, *args, **kwargs):
+        if self.args.neftune_noise_alpha and _divides_by_a_clean_pass(self):
+            warnings.warn(
+                f"`neftune_noise_alpha` is {self.args.neftune_noise_alpha} in a {type(self).__name__}, whose loss "
+                "divides the policy's probabilities, which are noised, by those of an earlier pass, which are not: the "
+                "ratios are off from the first step and many are clipped. NEFTune is for supervised fine-tuning.",
+                NEFTuneWarning,
+                stacklevel=2,
+            )
         try:
             return super().train(*args, **kwargs)
         finally:
             self.neftune_callback.detach()
+
+
+def _divides_by_a_clean_pass(trainer: NEFTuneTrainerMixin) -> bool:
+    """RLOO always does; GRPO does when it uses its rollouts more than once."""
+    names = {cls.__name__ for cls in type(trainer).__mro__}
+    return "RLOOTrainer" in names or ("GRPOTrainer" in names and trainer.args.num_iterations > 1)

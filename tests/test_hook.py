@@ -217,6 +217,21 @@ def test_a_model_without_token_embeddings():
         attach(NoEmbedding(), neftune_noise_alpha=5)
 
 
+@pytest.mark.parametrize("noise_type", ["uniform", "gaussian", "bernoulli"])
+def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
+    model, ids = tiny_llama().train(), torch.randint(3, VOCAB, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    with attach(model, neftune_noise_alpha=5, neftune_noise_type=noise_type) as handle:
+        assert handle.noise_to_embedding_db is None
+        clean = model.model.embed_tokens.weight[ids]
+        noise = embed(model, input_ids=ids, attention_mask=mask) - clean
+        ratio = noise[0].square().sum() / clean[0, :30].square().sum()
+        assert handle.noise_to_embedding_db == pytest.approx(10 * math.log10(ratio), abs=0.5)
+        handle.reset_power()
+        assert handle.noise_to_embedding_db is None
+
+
 def test_schedule_needs_the_number_of_steps():
     with attach(tiny_llama(), neftune_noise_alpha=8, neftune_schedule="linear") as handle:
         handle.set_step(25, 100)

@@ -1,0 +1,135 @@
+"""Every forward pass of other trainers: with gradients it is noised, without them it is clean."""
+
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
+from trl.experimental.kto import KTOConfig, KTOTrainer
+
+from neftune_hf import NEFTuneTrainerMixin, find_input_embeddings
+from neftune_hf.errors import NEFTuneWarning
+
+from .conftest import VOCAB, byte_tokenizer, leftovers, tiny_llama
+from .test_trainer import COMMON
+
+PAIRS = {"prompt": ["one", "two"] * 4, "chosen": [" yes", " good day"] * 4, "rejected": [" no", " bye"] * 4}
+LABELLED = {"prompt": ["one", "two"] * 4, "completion": [" yes", " no"] * 4, "label": [True, False] * 4}
+PROMPTS = {"prompt": ["one", "two"] * 4}
+ROLLOUTS = {"max_completion_length": 4, "num_generations": 2, "beta": 0.1, "temperature": 1.0}
+
+
+def by_length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+TRAINERS = {
+    "DPO": (DPOTrainer, DPOConfig, PAIRS, {}, {}),
+    "DPO, precomputed": (DPOTrainer, DPOConfig, PAIRS, {"precompute_ref_log_probs": True}, {}),
+    "KTO": (KTOTrainer, KTOConfig, LABELLED, {}, {}),
+    "reward": (RewardTrainer, RewardConfig, {k: PAIRS[k] for k in ("chosen", "rejected")}, {}, {}),
+    "GRPO": (GRPOTrainer, GRPOConfig, PROMPTS, ROLLOUTS, {"reward_funcs": by_length}),
+    "GRPO, twice": (GRPOTrainer, GRPOConfig, PROMPTS, ROLLOUTS | {"num_iterations": 2}, {"reward_funcs": by_length}),
+    "RLOO": (RLOOTrainer, RLOOConfig, PROMPTS, ROLLOUTS, {"reward_funcs": by_length}),
+}
+
+
+class Watch(TrainerCallback):
+    """For each forward pass of an embedding inside a step: had it gradients, and was its output noised?"""
+
+    def __init__(self, *models):
+        self.sites = [site.module for model in models for site in find_input_embeddings(model)]
+        self.seen = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.hooks = [site.register_forward_hook(self.look) for site in self.sites]
+
+    def on_step_end(self, *args, **kwargs):
+        for hook in self.hooks:
+            hook.remove()
+
+    def look(self, module, args, output):
+        clean = torch.nn.functional.embedding(args[0], module.weight)
+        self.seen.append((torch.is_grad_enabled(), not torch.equal(output, clean)))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_only_passes_with_gradients_are_noised(name, adapter, tmp_path, model_folder):
+    base, config, columns, settings, extra = TRAINERS[name]
+    trainer_class = type(f"NEFTune{base.__name__}", (NEFTuneTrainerMixin, base), {})
+    common = COMMON | {"max_steps": 2, "per_device_train_batch_size": 2} | settings
+    args = config(str(tmp_path), neftune_noise_alpha=5, bf16=False, **common)
+    model_class = LlamaForSequenceClassification if name == "reward" else LlamaForCausalLM
+    model = model_class.from_pretrained(model_folder, **({"num_labels": 1} if name == "reward" else {}))
+    if base in (DPOTrainer, KTOTrainer) and not adapter:
+        extra = {"ref_model": tiny_llama()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trainer_class(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=byte_tokenizer(chat=False),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if adapter else None,
+            **extra,
+        )
+        reference = getattr(trainer, "ref_model", None)
+        watch = Watch(*([trainer.model] if reference is None else [trainer.model, reference]))
+        trainer.add_callback(watch)
+        trainer.train()
+    warned = [w for w in caught if issubclass(w.category, NEFTuneWarning) and "clipped" in str(w.message)]
+    assert len(warned) == (name in ("GRPO, twice", "RLOO"))
+    with_gradients = [noised for gradients, noised in watch.seen if gradients]
+    without = [noised for gradients, noised in watch.seen if not gradients]
+    assert len(with_gradients) >= 2
+    assert all(with_gradients)
+    assert not any(without)
+    if name not in ("reward", "DPO, precomputed"):
+        assert without  # there were reference passes, or rollouts and their decode steps
+    assert leftovers(trainer.model) == []
+
+
+class NEFTuneSeq2SeqTrainer(NEFTuneTrainerMixin, Seq2SeqTrainer):
+    pass
+
+
+def test_sequence_to_sequence_with_generation(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, decoder_start_token_id=2, pad_token_id=2, **sizes))
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7, 1], [8, 1]] * 4, "labels": [[9, 1], [5, 6, 1]] * 4})
+    settings = COMMON | {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path), neftune_noise_alpha=5, predict_with_generate=True, generation_max_length=5, **settings
+    )
+    collator = DataCollatorForSeq2Seq(byte_tokenizer(), model)
+    trainer = NEFTuneSeq2SeqTrainer(model, args, data_collator=collator, train_dataset=data, eval_dataset=data)
+    watch = Watch(model)
+    trainer.add_callback(watch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NEFTuneWarning)  # both sides know their lengths
+        trainer.train()
+    assert watch.seen == [(True, True)] * 4
+    assert leftovers(model) == []
