@@ -10,7 +10,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from .config import NEFTuneConfig, merge
 from .embeddings import unwrap
-from .errors import NoNoiseError
+from .errors import NEFTuneError, NoNoiseError
 from .hook import NEFTuneHandle, attached_handle
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class NEFTuneCallback(TrainerCallback):
     Raises:
         NEFTuneConfigError: A setting is out of range, or the args say otherwise.
         EmbeddingNotFoundError: The model has no token embeddings.
+        NEFTuneError: One process runs the model on several GPUs (`torch.nn.DataParallel`).
         NoNoiseError: The first step ended and an embedding was never noised.
 
     Example:
@@ -66,6 +67,12 @@ class NEFTuneCallback(TrainerCallback):
         config = merge(self.fields, args)
         if config.neftune_seed is None:
             config = replace(config, neftune_seed=args.seed)
+        if config.enabled and args.n_gpu > 1:
+            raise NEFTuneError(
+                f"`args` has {args.n_gpu} GPUs in one process, which run copies of the model in threads; NEFTune "
+                "cannot tell their batches apart. Start one process a GPU with `accelerate launch`, or set "
+                "CUDA_VISIBLE_DEVICES."
+            )
         self.handle = NEFTuneHandle(model, config, rank=data_rank(_device_mesh(model), args.process_index))
         if self.handle.sites and state.is_world_process_zero:
             logger.info(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig, SFTTrainer
 
-from .config import FIELDS, NEFTuneConfig
+from .config import FIELDS, NEFTuneConfig, merge
 from .errors import NEFTuneWarning
 from .trainer import NEFTuneTrainerMixin
 
@@ -41,14 +41,6 @@ class NEFTuneSFTConfig(SFTConfig):
     def __post_init__(self):
         NEFTuneConfig(**{name: getattr(self, name) for name in FIELDS})
         super().__post_init__()
-        wrapped = self.packing and self.packing_strategy == "wrapped"
-        if self.neftune_noise_alpha and self.neftune_length == "tokens" and wrapped:
-            warnings.warn(
-                "`packing_strategy='wrapped'` cuts documents anywhere and keeps no bounds, so NEFTune takes each row's "
-                "width as L. Use `packing_strategy='bfd'` for the paper's noise.",
-                NEFTuneWarning,
-                stacklevel=3,
-            )
 
 
 class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
@@ -61,3 +53,15 @@ class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
     >>> NEFTuneSFTTrainer("facebook/opt-350m", train_dataset=dataset, neftune_noise_alpha=5).train()
     ```
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = merge(self.neftune_callback.fields, self.args)
+        wrapped = self.args.packing and self.args.packing_strategy == "wrapped"
+        if config.enabled and config.neftune_length == "tokens" and wrapped:
+            warnings.warn(
+                "`packing_strategy='wrapped'` cuts documents anywhere and keeps no bounds, so NEFTune takes each row's "
+                "width as L. Use `packing_strategy='bfd'` for the paper's noise.",
+                NEFTuneWarning,
+                stacklevel=2,
+            )

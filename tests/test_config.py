@@ -1,13 +1,10 @@
 """Settings: what is refused, how it is said, and what wins."""
 
-import warnings
-
 import pytest
 from transformers import TrainingArguments
 
 from neftune_hf import NEFTuneConfig, NEFTuneError, NEFTuneSFTConfig, attach
 from neftune_hf.config import merge
-from neftune_hf.errors import NEFTuneWarning
 
 from .conftest import leftovers, tiny_llama
 
@@ -46,15 +43,6 @@ def test_off(alpha):
     with attach(model, neftune_noise_alpha=alpha) as handle:
         assert handle.sites == []
         assert leftovers(model) == []
-
-
-def test_wrapped_packing_is_said_to_have_no_bounds(tmp_path):
-    settings = {"output_dir": str(tmp_path), "packing": True, "packing_strategy": "wrapped", "use_cpu": True}
-    with pytest.warns(NEFTuneWarning, match="each row's width as L"):
-        NEFTuneSFTConfig(neftune_noise_alpha=5, **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", NEFTuneWarning)
-        NEFTuneSFTConfig(neftune_noise_alpha=5, **(settings | {"packing_strategy": "bfd"}))
 
 
 def test_merge(tmp_path):

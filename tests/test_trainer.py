@@ -3,6 +3,7 @@
 import itertools
 import logging
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from neftune_hf import (
     add_noise,
     sequence_lengths,
 )
-from neftune_hf.errors import NoNoiseError
+from neftune_hf.errors import NEFTuneWarning, NoNoiseError
 from neftune_hf.noise import noise_key
 
 from .conftest import VOCAB, D, byte_tokenizer, leftovers, tiny_llama, token_dataset
@@ -270,6 +271,18 @@ def test_packed_rows_have_each_documents_own_length(tmp_path, layout):
     assert documents >= 8
 
 
+def test_wrapped_packing_is_said_to_have_no_bounds(tmp_path):
+    settings = {"output_dir": str(tmp_path), "bf16": False, "packing": True, "max_length": 32} | COMMON
+    for strategy in ("wrapped", "bfd"):
+        config = SFTConfig(packing_strategy=strategy, **settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NEFTuneWarning)
+            data = {"train_dataset": token_dataset(), "processing_class": byte_tokenizer()}
+            NEFTuneSFTTrainer(tiny_llama(), config, neftune_noise_alpha=5, **data)
+        said = [w for w in caught if issubclass(w.category, NEFTuneWarning) and "row's width" in str(w.message)]
+        assert len(said) == (strategy == "wrapped")
+
+
 class Interrupt(TrainerCallback):
     def __init__(self, event, error):
         self.armed = True
@@ -382,6 +395,14 @@ def test_a_site_that_never_fires_is_an_error(tmp_path):
     with pytest.raises(NoNoiseError, match=r"without noise on model\.embed_tokens .*inputs_embeds"):
         train(trainer)
     assert leftovers(model) == []
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    trainer = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    trainer.args._n_gpu = 2
+    with pytest.raises(NEFTuneError, match=r"2 GPUs in one process.*accelerate launch"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert leftovers(trainer.model) == []
 
 
 def test_each_trial_and_each_run_has_its_own_alpha(tmp_path):
