@@ -81,7 +81,22 @@ class NEFTuneHandle:
         self._draws = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
         self._power = [torch.zeros(2) for _ in self.sites]  # of noise and of embeddings, summed over sampled tokens
         self._given: dict[int, dict] = {}  # what each running caller was given, by its number
+        self._hooks = list(self._make_hooks())
         self.set_step(0)
+
+    def _make_hooks(self):
+        """Every hook with where and how it is put on. They are made once: torch.compile knows them by identity."""
+        around = {site: callers(self._root, site) for site in self.sites}
+        numbers = {module: number for number, module in enumerate(dict.fromkeys(itertools.chain(*around.values())))}
+        if self.sites:
+            yield self._root.register_forward_pre_hook, _CountCall(self), {}
+        for module, number in numbers.items():
+            enter = _Enter(self, number, forward_names(module))
+            yield module.register_forward_pre_hook, enter, {"with_kwargs": True}
+            yield module.register_forward_hook, _Leave(self, number), {}
+        for index, site in enumerate(self.sites):
+            noise = _Noise(self, site, index, [numbers[module] for module in around[site]])
+            yield site.module.register_forward_hook, noise, {}
 
     def set_step(self, step: int, max_steps: int | None = None) -> None:
         """Say which optimisation step comes next, from 0: the bits and the schedule depend on it.
@@ -134,18 +149,8 @@ class NEFTuneHandle:
                     "noise twice. Call `remove()` on the first, or leave its `with` block."
                 )
         self._given.clear()
-        around = {site: callers(self._root, site) for site in self.sites}
-        numbers = {module: number for number, module in enumerate(dict.fromkeys(itertools.chain(*around.values())))}
-        if self.sites:
-            self._removables.append(self._root.register_forward_pre_hook(_CountCall(self)))
-        for module, number in numbers.items():
-            enter, leave = _Enter(self, number, forward_names(module)), _Leave(self, number)
-            self._removables.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            self._removables.append(module.register_forward_hook(leave))
-        for index, site in enumerate(self.sites):
-            noise = _Noise(self, site, index, [numbers[module] for module in around[site]])
-            self._removables.append(site.module.register_forward_hook(noise))
-            _attached[site.module] = self
+        self._removables = [register(hook, **how) for register, hook, how in self._hooks]
+        _attached.update((site.module, self) for site in self.sites)
 
     def remove(self) -> None:
         """Take the hooks off. It may be called any number of times, in any order, whatever became of the model."""

@@ -5,8 +5,9 @@ import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from neftune_hf import attach, find_input_embeddings
+from neftune_hf import attach
 
 from .conftest import VOCAB, tiny_llama
 
@@ -172,13 +173,45 @@ def test_four_bit_base(model_folder):
         assert list(handle.draws.values()) == [1]
 
 
-def test_compiled_model_is_found_and_hooked():
-    model = tiny_llama()
-    compiled = torch.compile(model, backend="eager")
-    assert find_input_embeddings(compiled)[0].module is model.model.embed_tokens
-    ids = torch.randint(3, VOCAB, (2, 6))
-    compiled.train()
-    with attach(compiled, neftune_noise_alpha=5) as handle:
-        for _ in range(3):
-            compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
-        assert list(handle.draws.values()) == [3]
+def graphs(shapes, between=None, steps=1, **fields):
+    """Graphs that torch.compile makes for training forwards over the shapes, and the noise handle."""
+    torch._dynamo.reset()
+    model = tiny_llama(num_hidden_layers=1).train()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    with attach(compiled, **fields) as handle:
+        for step in range(steps):
+            for batch, length in shapes:
+                ids = torch.randint(3, VOCAB, (batch, length))
+                if between:
+                    handle.remove()
+                    handle.set_step(step, steps)
+                    handle.attach()
+                compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    return counter.frame_count, handle
+
+
+def test_compiled_model_is_noised_and_not_compiled_anew_step_after_step():
+    """Steps, alpha's schedule, and taking the noise off and putting it on again cause no compilation."""
+    fields = {"neftune_noise_alpha": 5, "neftune_schedule": "linear"}
+    first, handle = graphs([(2, 6)], **fields)
+    assert [site.path for site in handle.sites] == ["model.embed_tokens"]
+    assert list(handle.draws.values()) == [1]
+    again, handle = graphs([(2, 6)], between=True, steps=6, **fields)
+    assert list(handle.draws.values()) == [6]
+    assert again == first
+
+
+def test_compiled_model_computes_the_same_noise():
+    torch._dynamo.reset()
+    model, ids = tiny_llama(attention_dropout=0.0).train(), torch.randint(3, VOCAB, (2, 6))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    results = []
+    for forward in (model, torch.compile(model, backend="aot_eager")):
+        with attach(model, neftune_noise_alpha=5):
+            model.zero_grad()
+            logits = forward(input_ids=ids, attention_mask=mask).logits
+            logits.square().sum().backward()
+            results.append((logits.detach(), model.model.embed_tokens.weight.grad.clone()))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
