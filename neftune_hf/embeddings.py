@@ -136,9 +136,10 @@ def _placeholders(text_model: nn.Module) -> tuple[int, ...]:
 
 def _ask(text_model: nn.Module) -> nn.Module | None:
     try:
-        return text_model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # a speech encoder, or not a transformers model at all
-        return None
+        embedding = text_model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a side that is a plain module, a speech encoder, no such model
+        embedding = getattr(text_model, "embed_tokens", None)
+    return embedding if isinstance(embedding, nn.Module) else None  # Perceiver's are a bare parameter
 
 
 def _table(embedding: nn.Module) -> nn.Embedding | None:

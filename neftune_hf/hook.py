@@ -244,16 +244,24 @@ class _Noise(_Hook):
         embedding = torch.linalg.vector_norm(embeddings, dim=-1, dtype=wide).square() * (lengths > 0)
         self.powers[self.index].add_(torch.stack([noise, embedding.sum().float()]))
 
+    def is_filler(self, ids: torch.Tensor) -> bool:
+        """Whether these are no tokens of the batch: a lone id that is looked up, or LED's padding to its window."""
+        running = [self.given[number] for number in self.callers if number in self.given]
+        seen = running[0].setdefault(f"shape {self.index}", ids.shape) if running else ids.shape
+        return ids.dim() == 0 or ids.shape != seen
+
     def given_to_caller(self) -> dict[str, Any]:
         running = [self.given[number] for number in self.callers if number in self.given]
         given = running[0] if running else {}
         if self.is_decoder and "attention_mask" not in given:
             labels = next((outer["labels"] for outer in running if "labels" in outer), None)
             return given if labels is None else given | {"attention_mask": mask_of_labels(labels)}
-        return given
+        # RWKV's outer model does not pass its mask on. A decoder's outer model has the encoder's: not its own.
+        told = [given] if self.is_decoder else [outer for outer in running if not outer.keys().isdisjoint(LENGTH_KEYS)]
+        return told[0] if told else given
 
     def __call__(self, module, args, output):
-        if not (module.training and torch.is_grad_enabled()):
+        if not (module.training and torch.is_grad_enabled()) or self.is_filler(args[0]):
             return
         with torch.no_grad():
             if self.by_width:

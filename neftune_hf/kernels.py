@@ -32,7 +32,7 @@ def _in_blocks(embeddings, lengths, alpha, key, call, noise_type) -> torch.Tenso
     d = embeddings.shape[-1]
     e = embeddings.view(-1, d)
     tokens, channels = token_and_channel_words(key, call, e.shape, e.device)
-    scale = noise_scale(lengths, d, alpha).view(-1, 1)
+    scale = noise_scale(lengths, d, alpha).reshape(-1, 1)  # time-major lengths are not contiguous
     rows = max(1, min(_BLOCK // d, len(e)))
     block, scratch = torch.empty(2, rows, d, dtype=torch.int32)
     for start in range(0, len(e), rows):

@@ -1,0 +1,138 @@
+"""NEFTune on a tiny model of every type that transformers maps to a language model.
+
+python -m tests.model_types > docs/models.md
+python -m tests.model_types t5 gemma3
+"""
+
+import math
+import re
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import transformers
+
+from neftune_hf import NEFTuneError, attach
+from neftune_hf.embeddings import forward_names
+from neftune_hf.errors import NEFTuneWarning
+
+from .conftest import leftovers
+from .shrunken import TASKS, shrunken_config
+
+ALPHA = 5.0
+LENGTHS, DECODER_LENGTHS = (12, 7), (9, 4)
+
+
+@dataclass
+class Row:
+    task: str
+    model_type: str
+    model: str
+    sites: str
+    result: str
+
+
+def build(task: str, model_type: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = getattr(transformers, TASKS[task][0]).from_config(shrunken_config(model_type))
+    return model.float().train()
+
+
+def batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Two right-padded rows, and images and the like for the models that cannot do without."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(key, lengths):
+        ids = torch.randint(100, 128, (2, lengths[0]), generator=generator)
+        mask = (torch.arange(lengths[0]) < torch.tensor(lengths)[:, None]).long()
+        return {key: ids * mask, key.replace("input_ids", "attention_mask"): mask}
+
+    given = tokens("input_ids", LENGTHS)
+    if "use_cache" in forward_names(model):
+        given["use_cache"] = False
+    if "decoder_input_ids" in forward_names(model):
+        given |= tokens("decoder_input_ids", DECODER_LENGTHS)
+    return given
+
+
+def check(model: torch.nn.Module) -> str:
+    """The sites, if noise reaches the logits, has the right size and is nowhere else; else an AssertionError."""
+    given, outputs = batch(model), {}
+
+    def logits(training=True):
+        outputs.clear()
+        torch.manual_seed(0)  # dropout, routing and hashing are the same each time
+        output = model.train(training)(**given)
+        return next(output[key] for key in ("logits", "lm_logits", "prediction_logits") if key in output).detach()
+
+    def keep(site, module, args, output):
+        outputs.setdefault(site, output.detach().clone())
+
+    clean, evaluated = logits(), logits(training=False)
+    assert torch.equal(logits(), clean), "the model itself is not reproducible"
+    with attach(model, neftune_noise_alpha=ALPHA, neftune_seed=1) as handle:
+        probes = [site.module.register_forward_hook(partial(keep, site)) for site in handle.sites]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            noisy = logits()
+        by_width = any(warning.category is NEFTuneWarning for warning in said)
+        noised = dict(outputs)
+        outputs.clear()
+        assert set(handle.draws.values()) == {1}, f"draws: {handle.draws}"
+        assert not torch.equal(noisy, clean), "noise does not reach the logits"
+        assert torch.equal(logits(training=False), evaluated), "evaluation is not clean"
+        assert set(handle.draws.values()) == {1}, "evaluation is noised"
+    assert torch.equal(logits(), clean), "not clean after removal"
+    for site in handle.sites:
+        noise = (noised[site].float() - outputs[site].float()).flatten(0, -2)
+        lengths = DECODER_LENGTHS if site.is_decoder else LENGTHS
+        if by_width:  # said to be so: a model that takes no mask
+            lengths = (lengths[0],) * 2
+        assert noise.shape[-1] == site.embedding_dim, f"d is {noise.shape[-1]}, not {site.embedding_dim}"
+        noised_tokens = int((noise != 0).any(-1).sum())
+        assert noised_tokens == sum(lengths), f"{noised_tokens} tokens are noised, {sum(lengths)} are real"
+        total = noise.square().sum().item()
+        assert math.isclose(total, len(lengths) * ALPHA**2 / 3, rel_tol=0.2), f"power {total:.2f}"
+    for probe in probes:
+        probe.remove()
+    assert leftovers(model) == [], leftovers(model)
+    return ", ".join(f"{site.path} ({type(site.module).__name__}, d={site.embedding_dim})" for site in handle.sites)
+
+
+def sweep(model_types=()):
+    for task, (_, names) in TASKS.items():
+        for model_type in names:
+            if model_types and model_type not in model_types:
+                continue
+            model, sites = None, ""
+            try:
+                model = build(task, model_type)
+                sites = check(model)
+                result = "noised"
+            except NEFTuneError as error:
+                result = f"refused: {error}"
+            except Exception as error:
+                result = f"{'fails' if model else 'not built'}: {type(error).__name__}: {error}"
+            yield Row(task, model_type, type(model).__name__, sites, " ".join(result.split())[:300])
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    rows = list(sweep(sys.argv[1:]))
+    counts = Counter(row.result.split(":")[0] for row in rows)
+    print("# Model types\n")
+    print(
+        f"Tiny models of every type that transformers {transformers.__version__} maps to a language model, built from "
+        "their config classes and run on text, by `python -m tests.model_types`. *noised*: one draw per site and "
+        "forward, of the paper's power, on real tokens only, and it reaches the logits; evaluation, and everything "
+        "after removal, is bit-identical to the model without NEFTune. *refused*: `EmbeddingNotFoundError`. *fails* "
+        "and *not built*: the small config or a batch of text alone does not suit this type, and NEFTune was not "
+        "tried. " + ", ".join(f"{count} {result}" for result, count in counts.most_common()) + ".\n"
+    )
+    print("| task | model type | class | sites | result |\n|---|---|---|---|---|")
+    for row in rows:
+        print("|", " | ".join(re.sub(r"[|]", "/", value) for value in vars(row).values()), "|")
