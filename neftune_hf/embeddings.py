@@ -122,7 +122,12 @@ def _text_models(root: nn.Module) -> dict[nn.Module, bool]:
     text_models = {}
     for model in outermost or [root]:
         if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
-            text_models |= {model.get_encoder(): False, model.get_decoder(): True}
+            encoder, decoder = model.get_encoder(), model.get_decoder()
+            if encoder in set(
+                decoder.modules()
+            ):  # a composite whose text model is the encoder-decoder: it embeds itself
+                encoder, decoder = decoder, decoder.get_decoder()
+            text_models |= {encoder: False, decoder: True}
         else:
             text_models[model] = False
     return text_models

@@ -23,6 +23,20 @@ from .conftest import leftovers
 from .shrunken import TASKS, shrunken_config
 
 ALPHA = 5.0
+REAL = ("pixel_values", "flattened_patches", "bbox")
+IMAGES = {"pixel_values": (2, 3, 32, 32)}
+# What forward cannot do without besides token ids, by shape.
+INPUTS = {
+    "blip": IMAGES,
+    "blip-2": IMAGES,
+    "idefics": {"pixel_values": (2, 1, 3, 32, 32), "image_attention_mask": (2, 12, 1)},
+    "instructblip": IMAGES | {"qformer_input_ids": (2, 3)},
+    "instructblipvideo": {"pixel_values": (2, 4, 3, 32, 32), "qformer_input_ids": (2, 3)},
+    "molmo2": {"mm_token_type_ids": (2, 12)},
+    "pix2struct": {"flattened_patches": (2, 12, 770)},
+    "udop": {"bbox": (2, 12, 4)},
+    "vision-encoder-decoder": IMAGES,
+}
 LENGTHS, DECODER_LENGTHS = (12, 7), (9, 4)
 
 
@@ -37,7 +51,8 @@ class Row:
 
 def build(task: str, model_type: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = getattr(transformers, TASKS[task][0]).from_config(shrunken_config(model_type))
+    role = {"is_decoder": task == "causal LM"} if model_type == "reformer" else {}
+    model = getattr(transformers, TASKS[task][0]).from_config(shrunken_config(model_type, **role))
     return model.float().train()
 
 
@@ -55,7 +70,9 @@ def batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         given["use_cache"] = False
     if "decoder_input_ids" in forward_names(model):
         given |= tokens("decoder_input_ids", DECODER_LENGTHS)
-    return given
+    for key, shape in INPUTS.get(model.config.model_type, {}).items():
+        given[key] = torch.zeros(shape, dtype=torch.float if key in REAL else torch.long)
+    return {key: value for key, value in given.items() if key in forward_names(model)}
 
 
 def check(model: torch.nn.Module) -> str:

@@ -45,50 +45,101 @@ SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_star
 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 
+HALF_MROPE = {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0]}}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+LATENT = {
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 8,
+    "index_head_dim": 16,
+    "n_group": 1,
+}
+
 # What one type needs besides, or instead.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8},
     "big_bird": {"attention_type": "original_full"},  # the sparse one draws blocks from numpy's generator
     "bigbird_pegasus": {"attention_type": "original_full"},
+    "blip-2": {"image_token_index": 90},
+    "blt": {"encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32}},
+    "chameleon": {"vocabulary_map": {"<image>": 3}},
+    "cosmos3_edge": {"text_config": MROPE},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},
+    "diffusion_gemma": {"text_config": {"top_k_experts": 2}},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [64, 64]}},
+    "emu3": {"vocabulary_map": {"<image>": 3}},
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "moe_intermediate_size": [64, 64],
+            "rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2]},
+        }
+    },
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 64},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "florence2": {
+        "vision_config": {
+            "patch_size": (7, 3, 3, 3),
+            "embed_dim": (32, 32, 32, 32),
+            "num_heads": (4, 4, 4, 4),
+            "num_groups": (4, 4, 4, 4),
+            "depths": (1, 1, 1, 1),
+        }
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "glm46v": {"text_config": MROPE},
     "glm4v": {"text_config": MROPE},
-    "glm4v_moe": {"text_config": MROPE},
-    "glm_ocr": {"text_config": MROPE},
-    "glmga": {"text_config": MROPE},
+    "glm4v_moe": {"text_config": HALF_MROPE},
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}},
+    "glm_ocr": {"text_config": HALF_MROPE},
+    "glmga": {"text_config": HALF_MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
+    "hunyuan_vl": {"text_config": MROPE},
+    "instructblip": {"image_token_index": 90},
+    "instructblipvideo": {"video_token_index": 90},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8},
+    "molmo2": {"vit_config": {"image_size": [32, 32]}, "vision_config": {"image_size": [32, 32]}},
+    "muse_spark": {"vision_config": {"num_hidden_layers": 4}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "neomme": {"head_dim": 16},
     "paddleocr_vl": {"text_config": MROPE},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 5, "text_config": MROPE},
     "qwen2_5_vl": {"text_config": MROPE},
     "qwen2_vl": {"text_config": MROPE},
+    "qwen3_5": {"text_config": HYBRID},
+    "qwen3_5_moe": {"text_config": HYBRID},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 5},
     "reformer": {
-        "is_decoder": True,
+        "hidden_dropout_prob": 0,  # its reversible layers draw a fresh seed for dropout
+        "local_attention_probs_dropout_prob": 0,
         "axial_pos_embds_dim": [16, 16],
-        "axial_pos_shape": [4, 8],
+        "axial_pos_shape": [3, 4],
         "attn_layers": ["local"],
         "local_attn_chunk_length": 4,
     },
+    "step3p7": {"text_config": {"sliding_window": 16}},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 3},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2},
     "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "hybrid"] * 3},
     "zaya": {"num_experts_per_tok": 1},
-    "granitemoehybrid": {"mamba_n_heads": 8},
-    "mamba2": {"num_heads": 8},
 }
 
 
-def shrunken_config(model_type: str) -> PreTrainedConfig:
-    return _shrink(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
+def shrunken_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    return _shrink(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}) | overrides)
 
 
 def _shrink(config_class: type, overrides: dict[str, Any]) -> PreTrainedConfig:
     names = {*inspect.signature(config_class.__init__).parameters, *getattr(config_class, "__dataclass_fields__", ())}
     settings = {name: size for name, size in SIZES.items() if name in names}
+    if "qk_rope_head_dim" in names:  # multi-head latent attention: every head has its own keys
+        settings = {name: size for name, size in settings.items() if name != "head_dim"} | LATENT
+        settings = {name: size for name, size in settings.items() if name in names}
     for name, sub_class in config_class.sub_configs.items():
         if sub_class is AutoConfig:
             sub_class = type(getattr(config_class(), name))
