@@ -20,11 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_help=False,
         help="supervised fine-tuning: --config FILE, and any field of TRL's SFTConfig, ModelConfig and ScriptArguments",
     )
+    commands.add_parser("inspect", add_help=False, help="what alpha means for a model: its embeddings and its noise")
     arguments, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("neftune_hf").setLevel(logging.INFO)
     try:
-        {"sft": sft}[arguments.command](rest)
+        {"sft": sft, "inspect": inspect}[arguments.command](rest)
     except NEFTuneError as error:
         print(f"neftune-hf: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -87,6 +88,45 @@ def sft(argv: Sequence[str]) -> None:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """`neftune-hf inspect`: the embeddings of a model, what rescales them, and how loud NEFTune would be there."""
+    import json
+
+    import torch
+    import transformers
+    import yaml
+
+    from .report import inspect_model, inspection
+
+    parser = argparse.ArgumentParser(prog="neftune-hf inspect", description=inspect.__doc__.split(": ", 1)[1])
+    parser.add_argument("model", help="a model's name or folder, or a config of `neftune-hf sft` (.yaml)")
+    parser.add_argument("--length", type=float, default=512, help="L, tokens in a sequence (default: %(default)g)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.length <= 0:
+        raise NEFTuneConfigError(f"`--length` is {arguments.length:g}, and must be positive: tokens in a sequence.")
+    transformers.logging.set_verbosity_error()
+    name = arguments.model
+    try:
+        if name.endswith((".yaml", ".yml")):
+            with open(name) as file:
+                name = yaml.safe_load(file)["model_name_or_path"]
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise NEFTuneConfigError(
+            f"`model` is {arguments.model}, and no model's config is found there: {error}"
+        ) from error
+    model_class = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
+    try:
+        model = model_class.from_pretrained(name, dtype="auto")
+    except OSError:  # a config without weights
+        make = model_class.from_config if model_class is transformers.AutoModelForCausalLM else model_class
+        with torch.device("meta"):
+            model = make(config)
+    reports = inspect_model(model, arguments.length)
+    print(json.dumps(reports, indent=2) if arguments.json else inspection(reports))
 
 
 def _parse(dataclass_types: tuple, argv: Sequence[str]) -> tuple:

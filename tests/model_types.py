@@ -72,12 +72,13 @@ def batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         given |= tokens("decoder_input_ids", DECODER_LENGTHS)
     for key, shape in INPUTS.get(model.config.model_type, {}).items():
         given[key] = torch.zeros(shape, dtype=torch.float if key in REAL else torch.long)
-    return {key: value for key, value in given.items() if key in forward_names(model)}
+    names = forward_names(model)
+    return {key: value for key, value in given.items() if key in names or "args" in names}
 
 
-def check(model: torch.nn.Module) -> str:
+def check(model: torch.nn.Module, **more) -> str:
     """The sites, if noise reaches the logits, has the right size and is nowhere else; else an AssertionError."""
-    given, outputs = batch(model), {}
+    given, outputs = batch(model) | more, {}
 
     def logits(training=True):
         outputs.clear()

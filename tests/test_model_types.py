@@ -11,7 +11,8 @@ SPREAD = [
     (CAUSAL, "llama"), (CAUSAL, "gemma3_text"), (CAUSAL, "qwen3"), (CAUSAL, "gpt2"), (CAUSAL, "opt"),
     (CAUSAL, "mamba"), (CAUSAL, "rwkv"), (CAUSAL, "xlnet"), (CAUSAL, "ctrl"),
     (SEQ2SEQ, "t5"), (SEQ2SEQ, "bart"), (SEQ2SEQ, "led"), (SEQ2SEQ, "fsmt"), (SEQ2SEQ, "t5gemma"),
-    (IMAGE, "llava"), (IMAGE, "qwen3_vl"), (IMAGE, "florence2"), (MASKED, "bert"), (MASKED, "albert"), (MASKED, "longformer"),
+    (IMAGE, "llava"), (IMAGE, "qwen3_vl"), (IMAGE, "florence2"),
+    (MASKED, "bert"), (MASKED, "albert"), (MASKED, "longformer"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,96 @@
+"""What `neftune-hf inspect` says of a model, held against values computed by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+from neftune_hf import cli
+from neftune_hf.report import inspect_model
+
+from .conftest import D, leftovers, tiny_llama
+from .model_types import build
+from .shrunken import shrunken_config
+
+
+def test_a_plain_model():
+    model = tiny_llama(tie_word_embeddings=True)
+    (report,) = inspect_model(model, length=75)
+    weight = model.get_input_embeddings().weight
+    assert report["path"] == "model.embed_tokens"
+    assert report["tied_to"] == ["lm_head.weight"]
+    assert report["norm"] == {
+        "path": "model.layers.0.input_layernorm",
+        "class": "LlamaRMSNorm",
+        "multiplier": pytest.approx(1.0),
+        "added": pytest.approx(0.0, abs=1e-6),
+    }
+    assert report["embedding_rms"] == pytest.approx(weight.square().mean().sqrt().item())
+    for alpha, values in report["alphas"].items():
+        assert values["noise_rms"] == pytest.approx(alpha / math.sqrt(3 * 75 * D))
+        assert values["db"] == pytest.approx(20 * math.log10(values["noise_rms"] / report["embedding_rms"]))
+    assert leftovers(model) == []
+    assert model.training == tiny_llama().training
+
+
+@pytest.mark.parametrize(("model_type", "settings", "multiplier"), [
+    ("granite", {"embedding_multiplier": 12.0}, 12.0),
+    ("gemma3_text", {}, 1.0),
+])  # fmt: skip
+def test_multipliers_inside_and_after_the_module(model_type, settings, multiplier):
+    """Gemma 3 scales by sqrt(d) inside its module, so its output is that much larger; Granite scales after it."""
+    model = transformers.AutoModelForCausalLM.from_config(shrunken_config(model_type, **settings))
+    (report,) = inspect_model(model, length=512)
+    inside = math.sqrt(32) if model_type == "gemma3_text" else 1.0
+    weight = model.get_input_embeddings().weight
+    assert report["norm"]["multiplier"] == pytest.approx(multiplier, rel=1e-4)
+    assert report["embedding_rms"] == pytest.approx(inside * weight.square().mean().sqrt().item(), rel=0.01)
+
+
+def test_positions_count_as_added():
+    (report,) = inspect_model(build("causal LM", "gpt2"), length=512)
+    assert report["norm"]["class"] == "LayerNorm"
+    assert report["norm"]["added"] == pytest.approx(1.0, rel=0.5)  # both tables are initialised alike
+
+
+def test_both_sides_of_an_encoder_decoder():
+    encoder, decoder = inspect_model(build("sequence-to-sequence LM", "t5"), length=512)
+    assert encoder["norm"]["path"].startswith("encoder.block.0")
+    assert decoder["norm"]["path"].startswith("decoder.block.0")
+
+
+def test_how_many_tokens_come_nearer_to_another():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+    assert inspect_model(model, length=1e6)[0]["alphas"][5.0]["nearest_changes"] == 0.0
+    assert inspect_model(model, length=1e-3)[0]["alphas"][15.0]["nearest_changes"] > 0.9
+
+
+def test_the_command(model_folder, tmp_path, capsys):
+    assert cli.main(["inspect", model_folder, "--length", "100"]) == 0
+    said = capsys.readouterr().out
+    assert "model.embed_tokens (Embedding, d=32)" in said
+    assert "model.layers.0.input_layernorm (LlamaRMSNorm); the embedding reaches it times 1" in said
+    assert cli.main(["inspect", model_folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["alphas"]["5.0"]["db"] == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_config_without_weights(tmp_path, capsys):
+    tiny_llama().config.save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"model_name_or_path: {tmp_path}\n")
+    assert cli.main(["inspect", str(tmp_path / "run.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "unknown: there are no weights" in said
+    assert f"{5 / math.sqrt(3 * 512 * D):.4g}" in said
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["nothing/here"], "no model's config is found there"),
+    (["x", "--length", "0"], "`--length` is 0"),
+])  # fmt: skip
+def test_what_cannot_be_inspected(arguments, message, capsys):
+    assert cli.main(["inspect", *arguments]) == 2
+    assert message in capsys.readouterr().err
