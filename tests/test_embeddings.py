@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from neftune_hf import attach
 
 from .conftest import VOCAB, tiny_llama
-from .model_types import build
+from .shrunken import shrunken_config
 
 SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -18,7 +18,7 @@ WIDE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num
 
 def test_both_sides_of_a_sequence_to_sequence_model_have_their_own_lengths():
     """The decoder is rarely given a mask: its lengths are those of the labels."""
-    model = build("sequence-to-sequence LM", "t5")
+    model = transformers.T5ForConditionalGeneration(shrunken_config("t5", decoder_start_token_id=0))
     model.train()
     encoder_mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
     labels = torch.tensor([[5, -100, 6, 7, 1], [5, 6, 1, -100, -100]])
