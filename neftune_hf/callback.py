@@ -1,6 +1,8 @@
 """When a Trainer's run has noise: during optimisation steps, and at no other time."""
 
 import logging
+import math
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,14 +11,16 @@ from transformers import TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from .config import NEFTuneConfig, merge
-from .embeddings import unwrap
+from .embeddings import EmbeddingSite, embedding_rms, unwrap
 from .errors import NEFTuneError, NoNoiseError
 from .hook import NEFTuneHandle, attached_handle
+from .noise import VARIANCE
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
+_of_runs: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()  # a handle of the user's own is not ours to remove
 
 
 class NEFTuneCallback(TrainerCallback):
@@ -62,7 +66,7 @@ class NEFTuneCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
         self.detach()
         replaced = _remove_builtin(model)
-        if (stale := attached_handle(model)) is not None:  # left by an interrupted run of another trainer
+        if (stale := attached_handle(model)) in _of_runs:  # left by an interrupted run of another trainer
             stale.remove()
         config = merge(self.fields, args)
         if config.neftune_seed is None:
@@ -74,13 +78,14 @@ class NEFTuneCallback(TrainerCallback):
                 "CUDA_VISIBLE_DEVICES."
             )
         self.handle = NEFTuneHandle(model, config, rank=data_rank(_device_mesh(model), args.process_index))
+        _of_runs.add(self.handle)
         if self.handle.sites and state.is_world_process_zero:
             logger.info(
                 "NEFTune: %s noise, alpha %g (%s), on %s%s",
                 config.neftune_noise_type,
                 config.neftune_noise_alpha,
                 config.neftune_schedule,
-                ", ".join(map(str, self.handle.sites)),
+                ", ".join(str(site) + _expected(site, config) for site in self.handle.sites),
                 "; it takes the place of transformers' built-in" if replaced else "",
             )
 
@@ -124,6 +129,15 @@ class NEFTuneCallback(TrainerCallback):
         """Take the noise off, whatever state the run is in."""
         if self.handle is not None:
             self.handle.remove()
+
+
+def _expected(site: EmbeddingSite, config: NEFTuneConfig) -> str:
+    """The ratio of noise to embedding to expect, in words; nothing where this process has not all of the weights."""
+    if not (rms := embedding_rms(site)):
+        return ""
+    variance = VARIANCE[config.neftune_noise_type]
+    noise = config.neftune_noise_alpha * math.sqrt(variance / (512 * site.embedding_dim))
+    return f" at {20 * math.log10(noise / rms):+.1f} dB of the embedding at 512 tokens"
 
 
 def _remove_builtin(model: nn.Module) -> bool:

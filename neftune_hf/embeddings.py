@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .errors import EmbeddingNotFoundError
 
@@ -83,6 +85,17 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
             "that returns that module."
         )
     return sites
+
+
+def embedding_rms(site: EmbeddingSite) -> float | None:
+    """RMS of the site's output, over up to 4,096 ids of its vocabulary; None where this process has not all weights."""
+    table = _table(site.module)
+    parameters = list(site.module.parameters())
+    if any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in parameters):
+        return None
+    ids = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 4096), device=parameters[0].device)
+    with torch.no_grad():
+        return site.module(ids[None]).float().square().mean().sqrt().item()
 
 
 def callers(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:

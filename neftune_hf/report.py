@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, Trainer
 
-from .embeddings import EmbeddingSite, find_input_embeddings, forward_names
+from .embeddings import EmbeddingSite, embedding_rms, find_input_embeddings, forward_names
 
 ALPHAS = (5.0, 10.0, 15.0)
 
@@ -163,12 +163,7 @@ def noise_to_embedding_db(site: EmbeddingSite, neftune_noise_alpha: float, lengt
     -15.56
     ```
     """
-    vocabulary = next(m for m in site.module.modules() if isinstance(m, torch.nn.Embedding)).num_embeddings
-    device = next(site.module.parameters()).device
-    ids = torch.arange(0, vocabulary, max(1, vocabulary // 4096), device=device)
-    with torch.no_grad():
-        rms = site.module(ids[None]).float().square().mean().sqrt().item()
-    return 20 * math.log10(neftune_noise_alpha / math.sqrt(3 * length * site.embedding_dim) / rms)
+    return 20 * math.log10(neftune_noise_alpha / math.sqrt(3 * length * site.embedding_dim) / embedding_rms(site))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import pickle
 import warnings
 
@@ -83,7 +84,7 @@ class Probe(TrainerCallback):
     def keep(self, module, args, output):
         kept = self.training if module.training and torch.is_grad_enabled() else self.other
         clean = torch.nn.functional.embedding(args[0], module.weight)
-        kept.append((args[0].clone(), output.detach().clone(), clean.detach()))
+        kept.append((args[0].clone(), output.detach(), clean.detach()))  # no copy: the noise is yet to be added to it
 
 
 @pytest.mark.parametrize("alpha", [None, 0])
@@ -183,7 +184,9 @@ def test_the_built_in_gives_way_and_the_log_says_so(tmp_path, caplog):
         train(trainer)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("neftune_hf")]
     assert len(lines) == 1
-    assert "model.embed_tokens (Embedding, d=32)" in lines[0]
+    assert "model.embed_tokens (Embedding, d=32) at " in lines[0]
+    rms = tiny_llama().get_input_embeddings().weight.square().mean().sqrt().item()
+    assert f"{20 * math.log10(5 / math.sqrt(3 * 512 * D) / rms):+.1f} dB of the embedding at 512 tokens" in lines[0]
     assert "takes the place of transformers' built-in" in lines[0]
     train(reference)
     assert built_in == [[]] * 4
