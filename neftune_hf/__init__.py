@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .hook import NEFTuneHandle, attach
     from .lengths import sequence_lengths
     from .noise import add_noise
+    from .patch import patch_transformers
     from .sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
     from .trainer import NEFTuneTrainerMixin
 
@@ -29,6 +30,7 @@ _ROOMS = {
     "add_noise": "noise",
     "attach": "hook",
     "find_input_embeddings": "embeddings",
+    "patch_transformers": "patch",
     "sequence_lengths": "lengths",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "add_noise",
     "attach",
     "find_input_embeddings",
+    "patch_transformers",
     "sequence_lengths",
 ]
 

@@ -21,11 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="supervised fine-tuning: --config FILE, and any field of TRL's SFTConfig, ModelConfig and ScriptArguments",
     )
     commands.add_parser("inspect", add_help=False, help="what alpha means for a model: its embeddings and its noise")
+    commands.add_parser("generate", add_help=False, help="answers to a file of prompts, as alpaca_eval reads them")
+    commands.add_parser("eval", add_help=False, help="lm-eval on a model or an adapter: MODEL, then lm-eval's options")
     arguments, rest = parser.parse_known_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("neftune_hf").setLevel(logging.INFO)
     try:
-        {"sft": sft, "inspect": inspect}[arguments.command](rest)
+        {"sft": sft, "inspect": inspect, "generate": generate, "eval": evaluate}[arguments.command](rest)
     except NEFTuneError as error:
         print(f"neftune-hf: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -37,7 +39,7 @@ def sft(argv: Sequence[str]) -> None:
     import torch
     from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-    from .data import load_instructions, to_prompt_completion
+    from .data import keep_usable, load_instructions, to_prompt_completion
     from .report import answer_to, summary
     from .sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
 
@@ -56,12 +58,11 @@ def sft(argv: Sequence[str]) -> None:
             f"not {', '.join(sorted(missing))}. "
             "Name them with `dataset_train_split` and `dataset_test_split`, or set `eval_strategy: no`."
         )
-    data = {
-        split: to_prompt_completion(
-            splits[split], f"{script_args.dataset_name} ({split})", bool(tokenizer.chat_template)
-        )
-        for split in wanted
-    }
+    data = {}
+    for split in wanted:
+        name = f"{script_args.dataset_name} ({split})"
+        pairs = to_prompt_completion(splits[split], name, bool(tokenizer.chat_template))
+        data[split] = keep_usable(pairs, name, tokenizer, training_args.max_length)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -82,6 +83,7 @@ def sft(argv: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     after = answer_to(example, trainer) if example else None
     trainer.save_model()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(summary(trainer, example, before, after))
     if training_args.push_to_hub:
@@ -127,6 +129,47 @@ def inspect(argv: Sequence[str]) -> None:
             model = make(config)
     reports = inspect_model(model, arguments.length)
     print(json.dumps(reports, indent=2) if arguments.json else inspection(reports))
+
+
+def generate(argv: Sequence[str]) -> None:
+    """`neftune-hf generate`: greedy answers to a file of prompts; called again, it goes on where it was cut off."""
+    parser = argparse.ArgumentParser(prog="neftune-hf generate", description=generate.__doc__.split(": ", 1)[1])
+    parser.add_argument("model", help="name or folder of a model or an adapter")
+    parser.add_argument("--prompts", required=True, help="JSON, JSONL or Parquet with `instruction` or `turns`")
+    parser.add_argument("-o", "--output", required=True, help=".json for alpaca_eval, or .jsonl")
+    parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--repetition_penalty", type=float, default=1.2, help="default: %(default)s, the authors'")
+    arguments = parser.parse_args(argv)
+    if min(arguments.batch_size, arguments.max_new_tokens) < 1 or arguments.repetition_penalty <= 0:
+        raise NEFTuneConfigError("`batch_size`, `max_new_tokens` and `repetition_penalty` must be positive.")
+    from .generate import answer_file
+
+    count = answer_file(
+        arguments.model, arguments.prompts, arguments.output, arguments.batch_size, arguments.max_new_tokens,
+        arguments.repetition_penalty,
+    )  # fmt: skip
+    print(f"{count} answers in {arguments.output}")
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """`neftune-hf eval`: EleutherAI's harness on a model, or on an adapter and its base."""
+    import json
+    from pathlib import Path
+
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise NEFTuneConfigError("`neftune-hf eval` needs lm-eval: pip install 'neftune_hf[eval]'.") from error
+    if not argv or argv[0].startswith("-"):
+        raise NEFTuneConfigError("`neftune-hf eval` takes a model's name or folder first, then lm-eval's own options.")
+    name, *options = argv
+    adapter = Path(name) / "adapter_config.json"
+    where = f"pretrained={name}"
+    if adapter.is_file():
+        where = f"pretrained={json.loads(adapter.read_text())['base_model_name_or_path']},peft={name}"
+    sys.argv = ["lm-eval", "--model", "hf", "--model_args", where, *options]
+    cli_evaluate()
 
 
 def _parse(dataclass_types: tuple, argv: Sequence[str]) -> tuple:

@@ -1,16 +1,23 @@
 """Instruction sets: from a file, a folder or the hub to TRL's prompt-completion form."""
 
 import json
+import logging
+from collections import Counter
 from pathlib import Path
 
 import datasets
+from transformers import PreTrainedTokenizerBase
 
 from .errors import DatasetError
 
+logger = logging.getLogger(__name__)
+
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
-# For models without a chat template.
-_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_EMPTY = "have no instruction or no answer and are left out"
+_FULL = "have a prompt that fills `max_length` and are left out"
+_CUT = "are longer than `max_length`, and the end of their answer is cut off"
 
 
 def load_instructions(
@@ -55,8 +62,10 @@ def load_instructions(
 
 
 def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: bool) -> datasets.Dataset:
-    """Turn instruction, (input,) output columns into TRL's prompt-completion form, so that loss is on the answer only.
+    """Turn instruction sets into TRL's prompt-completion form, so that loss is on the answer only.
 
+    Records have `instruction`, (`input`,) `output`; or `conversations` as ShareGPT has them, of turns with `from` and
+    `value`, in which each answer becomes a record, with all that was said before it as the prompt.
     Sets in one of TRL's own forms (`messages`, `prompt` and `completion`, `text`) are returned as they are.
 
     Args:
@@ -65,17 +74,20 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
         has_chat_template (`bool`): Conversational records if true, else a plain instruction prompt.
 
     Raises:
-        DatasetError: The columns are none of these.
+        DatasetError: The columns are none of these, or a turn is from somebody unknown.
     """
-    columns = set(data.column_names or next(iter(data)))
+    columns = _columns(data)
     if columns & {"messages", "text"} or {"prompt", "completion"} <= columns:
         return data
+    if "conversations" in columns:
+        turns = data.map(_split_conversations, batched=True, remove_columns=sorted(columns))
+        return turns if has_chat_template else turns.map(_without_roles)
     if missing := {"instruction", "output"} - columns:
         raise DatasetError(
             f"{name} lacks the column(s) {', '.join(sorted(missing))}: its first record has "
             f"{', '.join(sorted(columns))}. "
-            "An instruction set has `instruction` and `output`, and may have `input`; TRL's own forms have `messages`, "
-            "`prompt` and `completion`, or `text`."
+            "An instruction set has `instruction` and `output`, and may have `input`, or it has `conversations`; TRL's "
+            "own forms have `messages`, `prompt` and `completion`, or `text`."
         )
 
     def convert(record: dict) -> dict:
@@ -85,14 +97,117 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
                 "prompt": [{"role": "user", "content": instruction}],
                 "completion": [{"role": "assistant", "content": answer}],
             }
-        return {"prompt": _PROMPT.format(instruction=instruction), "completion": answer}
+        return {"prompt": plain_prompt(instruction), "completion": answer}
 
     return data.map(convert, remove_columns=sorted(columns))
+
+
+def keep_usable(
+    data: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> datasets.Dataset:
+    """Leave out the prompt-completion records that have nothing to learn from, and log how many, and how many are cut.
+
+    Left out are those without an instruction or without an answer, and those whose prompt alone fills `max_length`
+    tokens. Of a stream the counts are logged as they reach 1, 10, 100 and so on. Other forms are returned as they are.
+
+    Raises:
+        DatasetError: Nothing is left.
+    """
+    if not {"prompt", "completion"} <= _columns(data):
+        return data
+    counts: Counter[str] = Counter()
+
+    def tokens(batch: list[str | list]) -> list[int]:
+        chat = not isinstance(batch[0], str)
+        if chat:
+            batch = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in batch]
+        return [len(ids) for ids in tokenizer(batch, add_special_tokens=not chat)["input_ids"]]
+
+    def fault(prompt: str | list, completion: str | list, before: int, whole: int) -> str:
+        if _text(prompt).strip() in ("", plain_prompt("").strip()) or not _text(completion).strip():
+            return _EMPTY
+        return _FULL if before >= max_length else _CUT if whole > max_length else ""
+
+    def faults(batch: dict[str, list]) -> list[str]:
+        prompts, completions = batch["prompt"], batch["completion"]
+        before = whole = [-1] * len(prompts)
+        if max_length is not None:
+            before, whole = tokens(prompts), tokens([p + c for p, c in zip(prompts, completions, strict=True)])
+        return list(map(fault, prompts, completions, before, whole))
+
+    if isinstance(data, datasets.IterableDataset):
+
+        def keep(batch: dict[str, list]) -> list[bool]:
+            found = faults(batch)
+            for kind in filter(None, found):
+                counts[kind] += 1
+                if counts[kind] in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000):
+                    logger.warning("%s: %s so far %s", name, f"{counts[kind]:,}", kind)
+            return [kind in ("", _CUT) for kind in found]
+
+        return data.filter(keep, batched=True)
+    measured = data.map(
+        lambda batch: {"fault": faults(batch)}, batched=True, remove_columns=data.column_names, desc="Measuring"
+    )
+    found = list(measured["fault"])
+    counts.update(found)
+    for kind in (_EMPTY, _FULL, _CUT):
+        if counts[kind]:
+            logger.warning("%s: %s of %s records %s", name, f"{counts[kind]:,}", f"{len(data):,}", kind)
+    usable = [row for row, kind in enumerate(found) if kind in ("", _CUT)]
+    if not usable:
+        raise DatasetError(
+            f"{name} has nothing to learn from: {counts[_EMPTY]:,} of its {len(data):,} records {_EMPTY}, and "
+            f"{counts[_FULL]:,} {_FULL}. `max_length` is {max_length}."
+        )
+    return data.select(usable)
+
+
+def plain_prompt(instruction: str) -> str:
+    """The prompt for models without a chat template."""
+    return f"### Instruction:\n{instruction}\n\n### Response:\n"
 
 
 def prompt_text(record: dict) -> str:
     """What the user says: the instruction, and below it the input where there is one."""
     return "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+
+
+def _columns(data: datasets.Dataset | datasets.IterableDataset) -> set[str]:
+    return set(data.column_names or next(iter(data)))
+
+
+def _text(part: str | list[dict[str, str]]) -> str:
+    return part if isinstance(part, str) else "".join(message["content"] or "" for message in part)
+
+
+def _split_conversations(batch: dict[str, list]) -> dict[str, list]:
+    prompts, completions = [], []
+    for conversation in batch["conversations"]:
+        messages = []
+        for turn in conversation:
+            if turn["from"] not in _ROLES:
+                raise DatasetError(
+                    f"`conversations` has a turn from {turn['from']!r}; turns are from {', '.join(_ROLES)}."
+                )
+            message = {"role": _ROLES[turn["from"]], "content": turn["value"]}
+            if message["role"] == "assistant" and messages:
+                prompts.append(list(messages))
+                completions.append([message])
+            messages.append(message)
+        if not any(message["role"] == "assistant" for message in messages[1:]):
+            prompts.append(messages)  # nothing to learn: kept, so that it is counted
+            completions.append([])
+    return {"prompt": prompts, "completion": completions}
+
+
+def _without_roles(record: dict) -> dict:
+    """The plain form of messages, for models without a chat template."""
+    said = [
+        plain_prompt(message["content"]) if message["role"] == "user" else message["content"] + "\n\n"
+        for message in record["prompt"]
+    ]
+    return {"prompt": "".join(said), "completion": _text(record["completion"])}
 
 
 def _load_file(file: Path) -> datasets.Dataset:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, Trainer
+from transformers import Trainer
 
 from .embeddings import EmbeddingSite, embedding_rms, find_input_embeddings, forward_names
+from .generate import complete
 
 ALPHAS = (5.0, 10.0, 15.0)
 
@@ -166,7 +167,6 @@ def noise_to_embedding_db(site: EmbeddingSite, neftune_noise_alpha: float, lengt
     return 20 * math.log10(neftune_noise_alpha / math.sqrt(3 * length * site.embedding_dim) / embedding_rms(site))
 
 
-@torch.no_grad()
 def answer_to(example: dict[str, Any], trainer: Trainer) -> str | None:
     """The model's greedy answer to the prompt of `example`: the authors' repetition penalty of 1.2, at most 96 tokens.
 
@@ -174,23 +174,7 @@ def answer_to(example: dict[str, Any], trainer: Trainer) -> str | None:
     """
     if "prompt" not in example or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
-    model, tokenizer = trainer.model, trainer.processing_class
-    prompt = example["prompt"]
-    if isinstance(prompt, str):
-        inputs = tokenizer(prompt, return_tensors="pt")
-    else:
-        inputs = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    generation = GenerationConfig(
-        max_new_tokens=96, do_sample=False, repetition_penalty=1.2, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    was_training = model.training
-    model.eval()
-    tokens = model.generate(**inputs.to(model.device), generation_config=generation)
-    model.train(was_training)
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return complete(trainer.model, trainer.processing_class, [example["prompt"]], max_new_tokens=96)[0]
 
 
 def summary(trainer: Trainer, example: dict[str, Any] | None, before: str | None, after: str | None) -> str:

@@ -1,8 +1,10 @@
 """NEFTune for a class of trainers: the mixin."""
 
 import warnings
+from pathlib import Path
 
 from .callback import NEFTuneCallback
+from .card import add_to_card
 from .config import FIELDS
 from .errors import NEFTuneWarning
 
@@ -41,6 +43,12 @@ class NEFTuneTrainerMixin:
 
     def log(self, logs, *args, **kwargs):
         super().log(logs | self.neftune_callback.metrics(logs), *args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        handle = self.neftune_callback.handle
+        if self.is_world_process_zero() and handle is not None and handle.sites:
+            add_to_card(Path(self.args.output_dir) / "README.md", handle)
 
     def train(self, *args, **kwargs):
         if self.args.neftune_noise_alpha and _divides_by_a_clean_pass(self):

@@ -13,10 +13,10 @@ from .conftest import ROOT
 
 PACKAGE = ROOT / "neftune_hf"
 # fmt: off
-ROOMS = ["errors", "config", "noise", "kernels", "lengths", "embeddings", "hook", "callback", "trainer", "sft", "data",
-         "report", "cli"]
+ROOMS = ["errors", "config", "noise", "kernels", "lengths", "embeddings", "hook", "callback", "card",
+         "trainer", "patch", "axolotl", "sft", "data", "generate", "report", "cli"]
 # fmt: on
-CORE = [room for room in ROOMS if room not in ("data", "report", "cli")]
+CORE = [room for room in ROOMS if room not in ("data", "generate", "report", "cli")]
 
 
 def imports(source: str) -> tuple[set[str], set[str]]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import tempfile
 
 import pytest
 import torch
@@ -105,7 +106,9 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.now is None)
     @rule(alpha=sampled_from([None, 5.0]), fault=sampled_from([None, "on_step_begin", "on_pre_optimizer_step"]))
     def run(self, alpha, fault):
-        trainer = make("never written", MixedTrainer, model=self.model, alpha=alpha, max_steps=2, learning_rate=1e-4)
+        trainer = make(
+            tempfile.gettempdir(), MixedTrainer, model=self.model, alpha=alpha, max_steps=2, learning_rate=1e-4
+        )
         if fault:
             setattr(trainer.neftune_callback, fault, lambda *args, **kwargs: 1 / 0)
         try:

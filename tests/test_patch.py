@@ -1,0 +1,90 @@
+"""Tools that only pass the key on: the patch, TRL's own command under it, and axolotl's plugin."""
+
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import Trainer
+
+import neftune_hf
+from neftune_hf import NEFTuneCallback
+
+from .conftest import ROOT, leftovers, tiny_llama
+from .test_trainer import MixedTrainer, losses, make, train
+
+
+@pytest.fixture
+def patched():
+    undo = neftune_hf.patch_transformers()
+    yield undo
+    undo()
+
+
+def test_the_key_alone_is_ours_and_the_patch_can_be_taken_back(tmp_path, patched):
+    assert neftune_hf.patch_transformers() is patched
+    ours, reference = make(tmp_path, alpha=5), make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    mixed, off = make(tmp_path, MixedTrainer, alpha=5), make(tmp_path)
+    for trainer in (ours, reference, mixed, off):
+        train(trainer)
+        kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+        assert kinds.count(NEFTuneCallback) == (trainer is not off)
+    assert losses(ours) == losses(reference) == losses(mixed) != losses(off)
+    patched()
+    built_in = make(tmp_path, alpha=5)
+    train(built_in)
+    assert losses(built_in) != losses(ours)
+    assert not hasattr(Trainer.__init__, "__wrapped_by_neftune_hf__")
+    patched()
+
+
+def test_a_patched_trainer_is_clean_after_a_fault(tmp_path, patched):
+    model = tiny_llama()
+    model.lm_head.weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(make(tmp_path, model=model, alpha=5))
+    assert leftovers(model) == []
+
+
+def test_trls_own_command(tmp_path, model_folder):
+    rows = [{"prompt": "Say one.", "completion": " one"}, {"prompt": "Say twenty.", "completion": " twenty"}] * 4
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = (
+        "import logging, runpy, neftune_hf; logging.basicConfig(level='INFO', format='%(message)s')\n"
+        "neftune_hf.patch_transformers(); runpy.run_module('trl.scripts.sft', run_name='__main__')"
+    )
+    settings = {
+        "model_name_or_path": model_folder, "dataset_name": str(folder), "output_dir": str(tmp_path / "out"),
+        "neftune_noise_alpha": 5, "max_steps": 2, "bf16": "false", "dtype": "float32", "report_to": "none",
+        "use_cpu": "true", "logging_steps": 1,
+    }  # fmt: skip
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "neftune_hf takes `neftune_noise_alpha` of this SFTTrainer" in result.stderr
+    assert "on model.embed_tokens (Embedding, d=32)" in result.stderr
+
+
+def test_axolotls_plugin(tmp_path, monkeypatch):
+    """On axolotl's own base class where it is installed, else on a stand-in with the one method that is used."""
+    try:
+        from axolotl.integrations.base import BasePlugin
+    except ImportError:
+        BasePlugin = type("BasePlugin", (), {})
+        for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["axolotl.integrations.base"].BasePlugin = BasePlugin
+    from neftune_hf.axolotl import NEFTunePlugin
+
+    trainer, reference = make(tmp_path, alpha=5), make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+    assert issubclass(NEFTunePlugin, BasePlugin)
+    for callback in NEFTunePlugin().add_callbacks_post_trainer(cfg=None, trainer=trainer):
+        trainer.add_callback(callback)
+    train(trainer)
+    train(reference)
+    assert losses(trainer) == losses(reference)
+    assert torch.isfinite(torch.tensor(losses(trainer))).all()
