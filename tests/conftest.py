@@ -12,6 +12,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 VOCAB, D = 320, 32
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
