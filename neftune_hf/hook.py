@@ -257,7 +257,7 @@ class _Noise(_Hook):
             labels = next((outer["labels"] for outer in running if "labels" in outer), None)
             return given if labels is None else given | {"attention_mask": mask_of_labels(labels)}
         # RWKV's outer model does not pass its mask on. A decoder's outer model has the encoder's: not its own.
-        told = [given] if self.is_decoder else [outer for outer in running if not outer.keys().isdisjoint(LENGTH_KEYS)]
+        told = [given] if self.is_decoder else [outer for outer in running if any(key in outer for key in LENGTH_KEYS)]
         return told[0] if told else given
 
     def __call__(self, module, args, output):

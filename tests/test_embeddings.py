@@ -126,3 +126,26 @@ def test_compiled_model_computes_the_same_noise():
             results.append((logits.detach(), model.model.embed_tokens.weight.grad.clone()))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+def test_noise_breaks_no_graph_and_adds_one_of_a_single_operation():
+    """Over seven shapes: the graphs of the model without noise, and one that counts the calls."""
+    shapes, sizes = [(2, 6), (2, 9), (3, 9), (1, 5), (4, 12), (2, 17), (3, 30)], {}
+    for noisy in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, sizes[noisy] = tiny_llama(num_hidden_layers=1).train(), []
+        handle = attach(model, neftune_noise_alpha=5 if noisy else None)
+
+        def backend(graph, inputs, noisy=noisy):
+            sizes[noisy].append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+            return graph
+
+        compiled = torch.compile(model, backend=backend)
+        for batch, length in shapes:
+            ids = torch.randint(3, VOCAB, (batch, length))
+            compiled(input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert set(handle.draws.values()) == ({len(shapes)} if noisy else set())
+    assert sizes[True][0] == 1
+    assert len(sizes[True]) == len(sizes[False]) + 1
