@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
+from transformers.trainer import DEFAULT_CALLBACKS
 
 from .config import NEFTuneConfig, merge
 from .embeddings import EmbeddingSite, embedding_rms, unwrap
@@ -31,8 +32,8 @@ class NEFTuneCallback(TrainerCallback):
     trainer's args, `neftune_noise_alpha` among them: then transformers' built-in NEFTune is switched off and this one
     takes its place.
 
-    An exception inside a step leaves the noise on until the next run with this callback, or until [`detach`] is called;
-    [`NEFTuneTrainerMixin`] does that by itself.
+    An exception inside a step leaves the noise on until any Trainer begins its next run on the model, with NEFTune or
+    without, or until [`detach`] is called; [`NEFTuneTrainerMixin`] does that by itself.
 
     Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`. The reporters of `report_to`, which are
     called before this callback, see them only with [`NEFTuneTrainerMixin`].
@@ -65,9 +66,8 @@ class NEFTuneCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
         self.detach()
+        _remove_leftovers(model)
         replaced = _remove_builtin(model)
-        if (stale := attached_handle(model)) in _of_runs:  # left by an interrupted run of another trainer
-            stale.remove()
         config = merge(self.fields, args)
         if config.neftune_seed is None:
             config = replace(config, neftune_seed=args.seed)
@@ -129,6 +129,22 @@ class NEFTuneCallback(TrainerCallback):
         """Take the noise off, whatever state the run is in."""
         if self.handle is not None:
             self.handle.remove()
+
+
+class _CleanUp(TrainerCallback):
+    """In every Trainer: a run without NEFTune that follows an interrupted one with it begins on a clean model too."""
+
+    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
+        _remove_leftovers(model)
+
+
+DEFAULT_CALLBACKS.append(_CleanUp)
+
+
+def _remove_leftovers(model: nn.Module) -> None:
+    """Take off what an interrupted run left. A handle of the user's own stays."""
+    if (stale := attached_handle(model)) in _of_runs:
+        stale.remove()
 
 
 def _expected(site: EmbeddingSite, config: NEFTuneConfig) -> str:

@@ -300,50 +300,52 @@ class Interrupt(TrainerCallback):
 EVENTS = ["on_train_begin", "on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("mixin", KeyboardInterrupt), ("mixin", RuntimeError), ("callback", RuntimeError)]
+)
 @pytest.mark.parametrize("where", [*EVENTS, "forward", "backward", "collator"])
-def test_after_a_fault_the_model_is_clean_and_the_next_run_is_right(tmp_path, where, error):
+def test_after_a_fault_the_model_is_clean_and_the_next_run_is_right(tmp_path, where, kind, error):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    model, untouched = tiny_llama(), make(tmp_path / "a", MixedTrainer, alpha=5, **settings)
+
+    def noisy(folder, model=None):
+        if kind == "mixin":
+            return make(tmp_path / folder, MixedTrainer, model=model, alpha=5, **settings)
+        callbacks = [NEFTuneCallback(neftune_noise_alpha=5)]
+        return make(tmp_path / folder, model=model, callbacks=callbacks, **settings)
+
+    model = tiny_llama()
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer = make(tmp_path / "b", MixedTrainer, model=model, alpha=5, **settings)
-    if where in EVENTS:
-        trainer.add_callback(Interrupt(where, error))
-    elif where == "collator":
-        trainer.data_collator = lambda rows: (_ for _ in ()).throw(error)
-    elif where == "forward":
-        broken = model.model.layers[1].register_forward_pre_hook(lambda *call: (_ for _ in ()).throw(error))
-    else:
-        broken = model.lm_head.weight.register_hook(lambda grad: (_ for _ in ()).throw(error))
-    with pytest.raises(error):
-        train(trainer)
-    if where in ("forward", "backward"):
-        broken.remove()
-    assert leftovers(model) == []
-    model.load_state_dict(start)
-    again = make(tmp_path / "c", MixedTrainer, model=model, alpha=5, **settings)
+
+    def break_a_run():
+        trainer, broken = noisy("broken", model), None
+        if where in EVENTS:
+            trainer.add_callback(Interrupt(where, error))
+        elif where == "collator":
+            trainer.data_collator = lambda rows: (_ for _ in ()).throw(error)
+        elif where == "forward":
+            broken = model.model.layers[1].register_forward_pre_hook(lambda *call: (_ for _ in ()).throw(error))
+        else:
+            broken = model.lm_head.weight.register_hook(lambda grad: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            train(trainer)
+        if broken is not None:
+            broken.remove()
+        model.load_state_dict(start)
+
+    break_a_run()
+    if kind == "mixin":
+        assert leftovers(model) == []
+    again, untouched = noisy("again", model), noisy("untouched")
     train(again)
     train(untouched)
     assert losses(again) == losses(untouched)
-    plain, fresh = make(tmp_path / "d", model=model), make(tmp_path / "e")
+    assert leftovers(model) == []
     model.load_state_dict(start)
+    break_a_run()
+    plain, fresh = make(tmp_path / "plain", model=model), make(tmp_path / "fresh")
     train(plain)
     train(fresh)
     assert losses(plain) == losses(fresh)
-
-
-def test_the_callback_heals_what_an_interrupted_run_left(tmp_path):
-    model = tiny_llama()
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    callbacks = [NEFTuneCallback(neftune_noise_alpha=5), Interrupt("on_pre_optimizer_step", KeyboardInterrupt)]
-    with pytest.raises(KeyboardInterrupt):
-        train(make(tmp_path, model=model, callbacks=callbacks))
-    model.load_state_dict(start)
-    again = make(tmp_path, model=model, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
-    fresh = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
-    train(again)
-    train(fresh)
-    assert losses(again) == losses(fresh)
     assert leftovers(model) == []
 
 
