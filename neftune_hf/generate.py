@@ -57,7 +57,7 @@ def complete(
     )  # fmt: skip
     generation = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=repetition_penalty,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_ends(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     was_training = model.training
     model.eval()
@@ -65,6 +65,13 @@ def complete(
     model.train(was_training)
     answers = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+def _ends(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where an answer ends: at the tokenizer's end of sequence, or at those that a chat model has besides."""
+    more = model.generation_config.eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *more]) if token is not None]
 
 
 def answer_file(
@@ -156,8 +163,9 @@ def _question(record: dict[str, Any]) -> Any:
 def _begun(lines: Path) -> Iterator[dict[str, Any]]:
     """The whole records of a file that may have been cut off inside one."""
     if lines.is_file():
-        for line in lines.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+        with lines.open(encoding="utf-8") as file:  # not splitlines(), which splits inside a string at U+2028
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    return

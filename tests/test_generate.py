@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from alpaca_eval.utils import load_or_convert_to_dataframe
 from peft import LoraConfig, get_peft_model
 
 from neftune_hf import cli
 from neftune_hf.generate import complete, load
 
-from .conftest import DATA, byte_tokenizer, needs_data, tiny_llama
+from .conftest import DATA, VOCAB, byte_tokenizer, needs_data, tiny_llama
 
 PROMPTS = [{"dataset": "d", "instruction": f"Say {word}."} for word in ("one", "twenty-two", "3", "four hundred")]
 TURNS = [{"question_id": n, "turns": ["First?", "Second?"][: 1 + n % 2]} for n in range(3)]
@@ -41,9 +42,8 @@ def test_the_list_that_alpaca_eval_reads(prompts, tmp_path, model_folder):
     assert [{k: row[k] for k in ("dataset", "instruction")} for row in answers] == PROMPTS
     assert all(set(row) == {"dataset", "instruction", "output", "generator"} for row in answers)
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "answers.json"]
-    alpaca_eval = pytest.importorskip("alpaca_eval.utils", exc_type=ImportError)
-    frame = alpaca_eval.load_or_convert_to_dataframe(tmp_path / "out" / "answers.json")
-    assert list(frame["instruction"]) == [row["instruction"] for row in PROMPTS]
+    frame = load_or_convert_to_dataframe(tmp_path / "out" / "answers.json")
+    assert frame.to_dict("records") == answers
 
 
 def test_what_was_cut_off_goes_on(prompts, tmp_path, model_folder, monkeypatch):
@@ -64,6 +64,21 @@ def test_what_was_cut_off_goes_on(prompts, tmp_path, model_folder, monkeypatch):
     assert asked == [2]
     assert answer(model_folder, prompts, cut) == 0
     assert asked == [2]
+
+
+def test_an_answer_may_have_any_character(prompts, tmp_path, model_folder, monkeypatch):
+    said = "one\u2028two\x85three\r\nfour\x0c"
+    monkeypatch.setattr("neftune_hf.generate.complete", lambda model, tokenizer, prompts, *more: [said] * len(prompts))
+    assert answer(model_folder, prompts, tmp_path / "answers.json") == 0
+    assert [row["output"] for row in json.loads((tmp_path / "answers.json").read_text())] == [said] * len(PROMPTS)
+
+
+def test_an_answer_ends_where_the_model_says(model_folder):
+    model, tokenizer = load(model_folder)
+    (whole,) = complete(model, tokenizer, ["Say one."], max_new_tokens=6)
+    model.generation_config.eos_token_id = list(range(VOCAB))
+    (short,) = complete(model, tokenizer, ["Say one."], max_new_tokens=6)
+    assert len(short) <= 1 < len(whole)
 
 
 def test_answers_to_other_prompts_are_not_overwritten(prompts, tmp_path, model_folder, capsys):
@@ -120,4 +135,4 @@ def test_real_prompts(name, tmp_path, model_folder):
     few = tmp_path / "few.jsonl"
     few.write_text("".join((DATA / name).open(encoding="utf-8").readlines()[:4]))
     assert answer(model_folder, few, tmp_path / "answers.json") == 0
-    assert len(json.loads((tmp_path / "answers.json").read_text())) == 4
+    assert len(load_or_convert_to_dataframe(tmp_path / "answers.json")) == 4

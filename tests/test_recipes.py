@@ -5,14 +5,17 @@ import logging
 import runpy
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
-from neftune_hf import cli
+from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer, cli
 from neftune_hf.data import keep_usable, load_instructions, to_prompt_completion
 from neftune_hf.errors import DatasetError
 
@@ -96,6 +99,43 @@ def test_the_card_and_an_adapter_that_needs_nothing_of_ours(tmp_path, model_fold
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert leftovers(AutoPeftModelForCausalLM.from_pretrained(out)) == []
+
+
+class Hub:
+    """Stands for the hub's client: keeps what it is asked, and the card that is there then."""
+
+    def __init__(self):
+        self.asked, self.card = [], None
+
+    def create_repo(self, name, **kwargs):
+        self.asked.append(("create_repo", name, kwargs))
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, folder_path, **kwargs):
+        self.asked.append(("upload_folder", sorted(path.name for path in Path(folder_path).iterdir()), kwargs))
+        self.card = ModelCard.load(Path(folder_path) / "README.md") if kwargs["commit_message"] == "Done" else None
+        return SimpleNamespace(done=lambda: True)
+
+
+def test_the_hub_is_asked_the_same_as_without(tmp_path, model_folder, monkeypatch):
+    data = Dataset.from_list([{"prompt": row["instruction"], "completion": row["output"]} for row in PAIRS])
+    hubs = []
+    for trainer_class, config_class in ((SFTTrainer, SFTConfig), (NEFTuneSFTTrainer, NEFTuneSFTConfig)):
+        hubs.append(Hub())
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda: hubs[-1])
+        args = config_class(
+            str(tmp_path / trainer_class.__name__), push_to_hub=True, hub_model_id="me/tuned", hub_token="t",
+            bf16=False, use_cpu=True, max_steps=2, save_steps=1, report_to="none", neftune_noise_alpha=5,
+        )  # fmt: skip
+        trainer = trainer_class(model_folder, args, train_dataset=data)
+        trainer.train()
+        trainer.push_to_hub("Done", tags=["mine"])
+    plain, ours = hubs
+    assert len(ours.asked) >= 3
+    assert ours.asked == plain.asked
+    assert "## NEFTune" not in plain.card.text
+    assert "## NEFTune" in ours.card.text
+    assert set(ours.card.data.tags) == {*plain.card.data.tags, "neftune"} > {"mine"}
 
 
 CONVERSATION = [
