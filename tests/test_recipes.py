@@ -12,7 +12,8 @@ import pytest
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer, cli
@@ -195,8 +196,8 @@ def test_a_stream_of_conversations(tmp_path):
     assert [record["completion"][0]["content"] for record in pairs] == ["1.", "2."]
 
 
-def test_the_harness_is_passed_through_to(tmp_path, model_folder, monkeypatch):
-    pytest.importorskip("lm_eval")
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_harness_is_passed_through_to(adapter, tmp_path, model_folder, monkeypatch):
     rows = [{"question": "One and one?", "answer": " two", "other": " six"}] * 4
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = {
@@ -206,9 +207,16 @@ def test_the_harness_is_passed_through_to(tmp_path, model_folder, monkeypatch):
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip
     (tmp_path / "local_sums.yaml").write_text(yaml.safe_dump(task))
+    name = model_folder
+    if adapter:
+        name = str(tmp_path / "adapter")
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(name)
     monkeypatch.setattr(sys, "argv", sys.argv)
     words = ["--tasks", "local_sums", "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2"]
-    assert cli.main(["eval", model_folder, *words, "--output_path", str(tmp_path / "results")]) == 0
+    assert cli.main(["eval", name, *words, "--output_path", str(tmp_path / "results")]) == 0
     (file,) = (tmp_path / "results").rglob("results_*.json")
-    assert json.loads(file.read_text())["results"]["local_sums"]["acc,none"] in (0.0, 1.0)
+    found = json.loads(file.read_text())
+    assert found["results"]["local_sums"]["acc,none"] in (0.0, 1.0)
+    assert found["config"]["model_args"].get("peft") == (name if adapter else None)
     assert cli.main(["eval", "--tasks", "local_sums"]) == 2
