@@ -18,6 +18,7 @@ from .lengths import LENGTH_KEYS, lengths_of_call, mask_of_labels
 from .noise import VARIANCE, noise_key, noise_scale, scheduled_alpha
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, NEFTuneHandle]" = weakref.WeakKeyDictionary()
+_SAMPLE = 32  # tokens of each batch on which the noise is compared with the embeddings
 
 
 def attach(model: nn.Module, config: NEFTuneConfig | None = None, rank: int = 0, **fields) -> "NEFTuneHandle":
@@ -129,7 +130,7 @@ class NEFTuneHandle:
 
     @property
     def noise_to_embedding_db(self) -> float | None:
-        """10 * log10 of the noise's power over the embeddings', in the first row of each batch since the last reset."""
+        """10 * log10 of the noise's power over the embeddings', on a few tokens of each batch since the last reset."""
         noise, embedding = sum(power.cpu() for power in self._power).tolist() if self.sites else (0.0, 0.0)
         return 10 * math.log10(noise / embedding) if noise and embedding else None
 
@@ -236,6 +237,9 @@ class _Noise(_Hook):
         self.is_decoder, self.placeholders = site.is_decoder, site.placeholders
 
     def measure(self, embeddings: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Add a few tokens' power, spread over the batch: a norm of all in float32 would copy a bfloat16 batch."""
+        sample = torch.arange(_SAMPLE, device=lengths.device) * lengths.numel() // _SAMPLE
+        embeddings, lengths = embeddings.flatten(0, -2)[sample], lengths.flatten()[sample]
         if self.powers[self.index].device != embeddings.device:
             self.powers[self.index] = self.powers[self.index].to(embeddings.device)
         d = embeddings.shape[-1]
@@ -268,6 +272,6 @@ class _Noise(_Hook):
                 lengths = torch.full(output.shape[:-1], output.shape[1], device=output.device)
             else:
                 lengths = lengths_of_call(self.given_to_caller(), args[0], self.placeholders)
-            self.measure(output[:1], lengths[:1])
+            self.measure(output, lengths)
             add_noise_(output, lengths, self.alpha, self.key, self.calls, self.noise_type)
             self.draws.add_(1)

@@ -10,7 +10,7 @@ import torch
 
 from .noise import add_noise, noise_scale, token_and_channel_words
 
-_BLOCK = 96 * 1024  # elements; two int32 buffers of this size are 768 KiB
+_BLOCK = 255 * 1024  # elements: an int32 buffer of this size is under 1 MiB, and there are two
 
 
 def add_noise_(
@@ -34,22 +34,24 @@ def _in_blocks(embeddings, lengths, alpha, key, call, noise_type) -> torch.Tenso
     tokens, channels = token_and_channel_words(key, call, e.shape, e.device)
     scale = noise_scale(lengths, d, alpha).reshape(-1, 1)  # time-major lengths are not contiguous
     rows = max(1, min(_BLOCK // d, len(e)))
-    block, scratch = torch.empty(2, rows, d, dtype=torch.int32)
-    for start in range(0, len(e), rows):
-        part = e[start : start + rows]
+    block, scratch = (torch.empty(rows, d, dtype=torch.int32) for _ in range(2))
+    for part, token, s in zip(e.split(rows), tokens[:, None].split(rows), scale.split(rows), strict=True):
         x, y = block[: len(part)], scratch[: len(part)]
-        torch.add(tokens[start : start + rows, None], channels, out=x)
+        torch.add(token, channels, out=x)
         # the hash and u of noise.py, each operation in place
         x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=y).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
         x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=y).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
-        u = y.view(torch.float32).copy_(x.bitwise_right_shift_(7).bitwise_or_(1)).mul_(2.0**-24)
-        if noise_type == "gaussian":
-            u.erfinv_().mul_(math.sqrt(2))
-        elif noise_type == "bernoulli":
-            u.sign_()
-        noise = u.mul_(scale[start : start + rows])
-        if part.dtype.itemsize < noise.dtype.itemsize:
-            part.copy_(noise.add_(part))
+        u = y.view(torch.float32).copy_(x.bitwise_and_(-128).bitwise_or_(128))  # 2^31 u
+        if noise_type == "uniform":
+            s = s * 2.0**-31
+        elif noise_type == "gaussian":
+            u.mul_(2.0**-31).erfinv_().mul_(math.sqrt(2))
         else:
-            part.add_(noise)
+            u.sign_()
+        if part.dtype == torch.float32:
+            part.addcmul_(u, s)
+        elif part.dtype == torch.float64:
+            part.addcmul_(u.double(), s.double())
+        else:
+            part.copy_(x.view(torch.float32).copy_(part).addcmul_(u, s))
     return embeddings

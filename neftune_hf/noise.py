@@ -140,7 +140,8 @@ def add_noise(
     u = unit_noise(random_words(key, call, embeddings.shape, embeddings.device), neftune_noise_type)
     scale = noise_scale(lengths, embeddings.shape[-1], neftune_noise_alpha)
     wide = torch.promote_types(embeddings.dtype, torch.float32)
-    return (embeddings.to(wide) + scale.unsqueeze(-1) * u).to(embeddings.dtype)
+    # e + scale * u; where the processor can, rounded once
+    return torch.addcmul(embeddings.to(wide), scale.unsqueeze(-1).to(wide), u.to(wide)).to(embeddings.dtype)
 
 
 def _splitmix64(x: int) -> int:

@@ -372,7 +372,7 @@ def test_a_schedule_is_logged_step_by_step(tmp_path, mixin):
         assert [entry["neftune/alpha"] for entry in logs if "loss" in entry] == [8, 6, 4, 2]
         ratios = [entry["neftune/noise_to_embedding_db"] for entry in logs if "loss" in entry]
         assert len(ratios) == 4
-        assert all(10 < ratio < 40 for ratio in ratios)  # the tiny model's embeddings are small
+        assert all(5 < ratio < 40 for ratio in ratios)  # the tiny model's embeddings are small
         assert not any(key.startswith("neftune/") for entry in logs if "loss" not in entry for key in entry)
 
 
