@@ -18,6 +18,7 @@ from .lengths import LENGTH_KEYS, lengths_of_call, mask_of_labels
 from .noise import VARIANCE, noise_key, noise_scale, scheduled_alpha
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, NEFTuneHandle]" = weakref.WeakKeyDictionary()
+_NEW_CALL = -1  # stands among the callers' numbers until the first noise of a call of the outermost model
 _SAMPLE = 32  # tokens of each batch on which the noise is compared with the embeddings
 
 
@@ -81,7 +82,7 @@ class NEFTuneHandle:
         self._keys = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
         self._draws = [torch.zeros((), dtype=torch.int64) for _ in self.sites]
         self._power = [torch.zeros(2) for _ in self.sites]  # of noise and of embeddings, summed over sampled tokens
-        self._given: dict[int, dict] = {}  # what each running caller was given, by its number
+        self._given: dict[int, dict] = {}  # what each running caller was given, by its number; and _NEW_CALL
         self._hooks = list(self._make_hooks())
         self.set_step(0)
 
@@ -90,7 +91,7 @@ class NEFTuneHandle:
         around = {site: callers(self._root, site) for site in self.sites}
         numbers = {module: number for number, module in enumerate(dict.fromkeys(itertools.chain(*around.values())))}
         if self.sites:
-            yield self._root.register_forward_pre_hook, _CountCall(self), {}
+            yield self._root.register_forward_pre_hook, _BeginCall(self), {}
         for module, number in numbers.items():
             enter = _Enter(self, number, forward_names(module))
             yield module.register_forward_pre_hook, enter, {"with_kwargs": True}
@@ -189,16 +190,18 @@ class _Hook:
         return functools.partial, (_inert,)
 
 
-class _CountCall(_Hook):
-    """Before the outermost forward: the next call begins, and what an interrupted one left is forgotten."""
+class _BeginCall(_Hook):
+    """Before the outermost forward: the next call begins, and what an interrupted one left is forgotten.
+
+    It only says so, and the first noise counts: an operation on a tensor here would be a compiled graph of its own.
+    """
 
     def __init__(self, handle: NEFTuneHandle):
-        self.calls, self.given = handle._calls, handle._given
+        self.given = handle._given
 
     def __call__(self, module, args):
         self.given.clear()
-        if module.training and torch.is_grad_enabled():
-            self.calls.add_(1)
+        self.given[_NEW_CALL] = {}
 
 
 class _Enter(_Hook):
@@ -273,5 +276,7 @@ class _Noise(_Hook):
             else:
                 lengths = lengths_of_call(self.given_to_caller(), args[0], self.placeholders)
             self.measure(output, lengths)
+            if self.given.pop(_NEW_CALL, None) is not None:
+                self.calls.add_(1)
             add_noise_(output, lengths, self.alpha, self.key, self.calls, self.noise_type)
             self.draws.add_(1)
