@@ -1,10 +1,13 @@
 """The noise of `noise.py` added in place, in one pass over memory: the same random integers, the same sums.
 
-A tensor of the batch's size is never made on a CPU: the work goes through it in blocks that stay in the cache. A
-compiled graph gets the plain formula, which the compiler fuses; so do other devices.
+No tensor of the batch's size is made: on a CPU the work goes through it in blocks that stay in the cache, on a GPU it
+is one Triton kernel. A compiled graph gets the plain formula, which the compiler fuses; so do other devices, and
+gaussian noise on a GPU.
 """
 
 import math
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
@@ -23,9 +26,26 @@ def add_noise_(
 ) -> torch.Tensor:
     """[`add_noise`] in place, without a node in the autograd graph. Arguments and result as there."""
     with torch.no_grad():
-        if embeddings.device.type == "cpu" and not torch.compiler.is_compiling() and embeddings.is_contiguous():
-            return _in_blocks(embeddings, lengths, neftune_noise_alpha, key, call, neftune_noise_type)
-        return embeddings.copy_(add_noise(embeddings, lengths, neftune_noise_alpha, key, call, neftune_noise_type))
+        add = _path(embeddings, neftune_noise_type)
+        return add(embeddings, lengths, neftune_noise_alpha, key, call, neftune_noise_type)
+
+
+def _path(embeddings: torch.Tensor, noise_type: str) -> Callable[..., torch.Tensor]:
+    """The fastest way there is for these embeddings."""
+    if torch.compiler.is_compiling() or not embeddings.is_contiguous():
+        return _plain  # a compiler fuses it
+    if embeddings.device.type == "cpu":
+        return _in_blocks
+    plain_tensor = type(embeddings) is torch.Tensor and embeddings.numel() and embeddings.dtype != torch.float64
+    if embeddings.device.type == "cuda" and plain_tensor and noise_type != "gaussian" and find_spec("triton"):
+        from .fused import add_noise_in_one_kernel
+
+        return add_noise_in_one_kernel
+    return _plain
+
+
+def _plain(embeddings, lengths, alpha, key, call, noise_type) -> torch.Tensor:
+    return embeddings.copy_(add_noise(embeddings, lengths, alpha, key, call, noise_type))
 
 
 def _in_blocks(embeddings, lengths, alpha, key, call, noise_type) -> torch.Tensor:

@@ -75,7 +75,7 @@ def random_words(
 def token_and_channel_words(key, call, shape, device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """The int32 words of the tokens, (prod(...),), and of the channels, (d,), of a batch of `shape` (..., d)."""
     *leading, d = shape
-    k0, k1 = _call_words(key, call)
+    k0, k1 = call_words(key, call)
     tokens = _mix32(_mix32(_arange(math.prod(leading), device) ^ k0) ^ k1)
     return tokens, _mix32(_mix32(_arange(d, device) ^ k1) + k0)
 
@@ -151,7 +151,7 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _call_words(key: torch.Tensor | int, call: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+def call_words(key: torch.Tensor | int, call: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
     """splitmix64(key + call * golden) as two int32 words. 0-d CPU tensors: a compiled graph reads them as inputs."""
     x = torch.as_tensor(key) + torch.as_tensor(call) * (_GOLDEN - 2**64)
     x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)

@@ -13,7 +13,7 @@ from .conftest import ROOT
 
 PACKAGE = ROOT / "neftune_hf"
 # fmt: off
-ROOMS = ["errors", "config", "noise", "kernels", "lengths", "embeddings", "hook", "callback", "card",
+ROOMS = ["errors", "config", "noise", "fused", "kernels", "lengths", "embeddings", "hook", "callback", "card",
          "trainer", "patch", "axolotl", "sft", "data", "generate", "report", "cli"]
 # fmt: on
 CORE = [room for room in ROOMS if room not in ("data", "generate", "report", "cli")]
