@@ -12,6 +12,7 @@ from neftune_hf import NEFTuneError, attach
 from neftune_hf.errors import EmbeddingNotFoundError
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
+from .test_kernels import Largest
 
 ALPHA = 5.0
 
@@ -230,6 +231,37 @@ def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
         assert handle.noise_to_embedding_db == pytest.approx(10 * math.log10(ratio), abs=0.5)
         handle.reset_power()
         assert handle.noise_to_embedding_db is None
+
+
+class Ready(nn.Embedding):
+    """An embedding whose output is there already: what is made besides is the hook's."""
+
+    def forward(self, ids):
+        return self.output
+
+
+class Least(nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, attention_mask):
+        return self.embedding(input_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_hook_makes_no_tensor_of_the_batchs_size(batch_size, dtype):
+    model, length = Least(Ready(8, 1024, device="meta")).train(), 2048 // batch_size
+    model.embedding.output = torch.zeros(batch_size, length, 1024, dtype=dtype)
+    ids = torch.ones(batch_size, length, dtype=torch.long)
+    with attach(model, neftune_noise_alpha=5), Largest() as ours:
+        output = model(ids, (torch.arange(length) < length - 3).expand_as(ids))
+    assert output[:, : length - 3].all()
+    assert ours.bytes < 2**20 < output.nbytes
 
 
 def test_schedule_needs_the_number_of_steps():
