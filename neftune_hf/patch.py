@@ -40,7 +40,7 @@ def patch_transformers() -> Callable[[], None]:
                 callback = NEFTuneCallback()
                 callback.on_init_end(self.args, self.state, self.control)
                 self.add_callback(callback)
-                logger.info(
+                logger.warning(  # seen without any setting: the run is not what the tool alone would do
                     "NEFTune: neftune_hf takes `neftune_noise_alpha` of this %s from transformers", type(self).__name__
                 )
 

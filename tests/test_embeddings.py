@@ -128,7 +128,8 @@ def test_compiled_model_computes_the_same_noise():
         torch.testing.assert_close(compiled, eager)
 
 
-def test_noise_breaks_no_graph_and_adds_none():
+@pytest.mark.parametrize("settings", [{}, {"fullgraph": True, "dynamic": True}])
+def test_noise_breaks_no_graph_and_adds_none(settings):
     """Over seven shapes: as many graphs as the model has without noise."""
     shapes, sizes = [(2, 6), (2, 9), (3, 9), (1, 5), (4, 12), (2, 17), (3, 30)], {}
     for noisy in (False, True):
@@ -141,7 +142,7 @@ def test_noise_breaks_no_graph_and_adds_none():
             sizes[noisy].append(sum(node.op.startswith("call") for node in graph.graph.nodes))
             return graph
 
-        compiled = torch.compile(model, backend=backend)
+        compiled = torch.compile(model, backend=backend, **settings)
         for batch, length in shapes:
             ids = torch.randint(3, VOCAB, (batch, length))
             compiled(input_ids=ids, attention_mask=torch.ones_like(ids))
