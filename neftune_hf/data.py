@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DatasetError
@@ -16,6 +17,7 @@ _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _EMPTY = "have no instruction or no answer and are left out"
+_ODD = "do not fit the model's chat template and are left out"
 _FULL = "have a prompt that fills `max_length` and are left out"
 _CUT = "are longer than `max_length`, and the end of their answer is cut off"
 
@@ -55,10 +57,12 @@ def load_instructions(
         splits = {"train": path}
     else:
         return datasets.load_dataset(name, config, streaming=streaming)
-    loaded = {split: _load_file(file) for split, file in splits.items()}
+    for file in splits.values():
+        if not file.is_file():
+            raise DatasetError(f"`dataset_name`: there is no file {file}.")
     if streaming:
-        return datasets.IterableDatasetDict({split: data.to_iterable_dataset() for split, data in loaded.items()})
-    return datasets.DatasetDict(loaded)
+        return datasets.IterableDatasetDict({split: _stream_file(file) for split, file in splits.items()})
+    return datasets.DatasetDict({split: _load_file(file) for split, file in splits.items()})
 
 
 def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: bool) -> datasets.Dataset:
@@ -107,8 +111,9 @@ def keep_usable(
 ) -> datasets.Dataset:
     """Leave out the prompt-completion records that have nothing to learn from, and log how many, and how many are cut.
 
-    Left out are those without an instruction or without an answer, and those whose prompt alone fills `max_length`
-    tokens. Of a stream the counts are logged as they reach 1, 10, 100 and so on. Other forms are returned as they are.
+    Left out are those without an instruction or without an answer, those that the chat template refuses (roles that do
+    not alternate, say), and those whose prompt alone fills `max_length` tokens. Of a stream the counts are logged as
+    they reach 1, 10, 100 and so on. Other forms are returned as they are.
 
     Raises:
         DatasetError: Nothing is left.
@@ -117,23 +122,29 @@ def keep_usable(
         return data
     counts: Counter[str] = Counter()
 
-    def tokens(batch: list[str | list]) -> list[int]:
+    def tokens(batch: list[str | list], is_prompt: bool) -> list[int]:
+        """How many tokens each has; -1 where the template refuses the messages."""
         chat = not isinstance(batch[0], str)
-        if chat:
-            batch = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in batch]
-        return [len(ids) for ids in tokenizer(batch, add_special_tokens=not chat)["input_ids"]]
+        texts = [_templated(tokenizer, messages, is_prompt) for messages in batch] if chat else batch
+        lengths = iter(
+            tokenizer([text for text in texts if text is not None], add_special_tokens=not chat)["input_ids"]
+        )
+        return [-1 if text is None else len(next(lengths)) for text in texts]
 
     def fault(prompt: str | list, completion: str | list, before: int, whole: int) -> str:
         if _text(prompt).strip() in ("", plain_prompt("").strip()) or not _text(completion).strip():
             return _EMPTY
+        if min(before, whole) < 0:
+            return _ODD
+        if max_length is None:
+            return ""
         return _FULL if before >= max_length else _CUT if whole > max_length else ""
 
     def faults(batch: dict[str, list]) -> list[str]:
         prompts, completions = batch["prompt"], batch["completion"]
-        before = whole = [-1] * len(prompts)
-        if max_length is not None:
-            before, whole = tokens(prompts), tokens([p + c for p, c in zip(prompts, completions, strict=True)])
-        return list(map(fault, prompts, completions, before, whole))
+        wholes = [p + c for p, c in zip(prompts, completions, strict=True)]
+        lengths = tokens(prompts, is_prompt=True), tokens(wholes, is_prompt=False)
+        return list(map(fault, prompts, completions, *lengths))
 
     if isinstance(data, datasets.IterableDataset):
 
@@ -151,14 +162,14 @@ def keep_usable(
     )
     found = list(measured["fault"])
     counts.update(found)
-    for kind in (_EMPTY, _FULL, _CUT):
+    for kind in (_EMPTY, _ODD, _FULL, _CUT):
         if counts[kind]:
             logger.warning("%s: %s of %s records %s", name, f"{counts[kind]:,}", f"{len(data):,}", kind)
     usable = [row for row, kind in enumerate(found) if kind in ("", _CUT)]
     if not usable:
         raise DatasetError(
-            f"{name} has nothing to learn from: {counts[_EMPTY]:,} of its {len(data):,} records {_EMPTY}, and "
-            f"{counts[_FULL]:,} {_FULL}. `max_length` is {max_length}."
+            f"{name} has nothing to learn from: {counts[_EMPTY]:,} of its {len(data):,} records {_EMPTY}, "
+            f"{counts[_ODD]:,} {_ODD}, and {counts[_FULL]:,} {_FULL}. `max_length` is {max_length}."
         )
     return data.select(usable)
 
@@ -175,6 +186,15 @@ def prompt_text(record: dict) -> str:
 
 def _columns(data: datasets.Dataset | datasets.IterableDataset) -> set[str]:
     return set(data.column_names or next(iter(data)))
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], is_prompt: bool) -> str | None:
+    if not messages:
+        return None
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, tokenize=False)
+    except TemplateError:
+        return None
 
 
 def _text(part: str | list[dict[str, str]]) -> str:
@@ -210,9 +230,12 @@ def _without_roles(record: dict) -> dict:
     return {"prompt": "".join(said), "completion": _text(record["completion"])}
 
 
+def _stream_file(file: Path) -> datasets.IterableDataset:
+    reader = _READERS[file.suffix]
+    return datasets.load_dataset(reader, data_files=str(file), split="train", streaming=True)
+
+
 def _load_file(file: Path) -> datasets.Dataset:
-    if not file.is_file():
-        raise DatasetError(f"`dataset_name`: there is no file {file}.")
     if file.suffix == ".parquet":
         return datasets.Dataset.from_parquet(str(file))
     records = _read_json_lines(file) if file.suffix == ".jsonl" else _read_json(file)

@@ -182,6 +182,27 @@ def test_what_cannot_be_learnt_is_counted_and_left_out(chat, streaming, caplog):
     assert ("2 of 7 records" in said) != streaming
 
 
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate.') }}{% endif %}{{ m['content'] }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_that_a_template_refuses_are_counted_and_left_out(streaming, caplog):
+    odd, none = [CONVERSATION[1], *CONVERSATION[1:]], []  # two questions on end; nothing said
+    data = Dataset.from_list([{"conversations": turns} for turns in (CONVERSATION[1:], odd, none)])
+    data = data.to_iterable_dataset() if streaming else data
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = ALTERNATING
+    with caplog.at_level(logging.WARNING, logger="neftune_hf"):
+        kept = list(keep_usable(to_prompt_completion(data, "set", True), "set", tokenizer, max_length=None))
+    assert [record["completion"][0]["content"] for record in kept] == ["1.", "2."]
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert ("2 of 5 records do not fit the model's chat template" in said) != streaming
+    assert "have no instruction or no answer" in said
+
+
 def test_a_set_with_nothing_to_learn_from_is_refused():
     pairs = to_prompt_completion(Dataset.from_list(PAIRS), "set", has_chat_template=True)
     with pytest.raises(DatasetError, match=r"3 have a prompt that fills .* `max_length` is 4"):
