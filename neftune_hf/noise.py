@@ -77,7 +77,7 @@ def token_and_channel_words(key, call, shape, device=None) -> tuple[torch.Tensor
     *leading, d = shape
     k0, k1 = call_words(key, call)
     tokens = _mix32(_mix32(_arange(math.prod(leading), device) ^ k0) ^ k1)
-    return tokens, _mix32(_mix32(_arange(d, device) ^ k1) + k0)
+    return _once(tokens), _once(_mix32(_mix32(_arange(d, device) ^ k1) + k0))
 
 
 def unit_noise(words: torch.Tensor, noise_type: str = "uniform") -> torch.Tensor:
@@ -99,7 +99,7 @@ def noise_scale(lengths: torch.Tensor, d: int, neftune_noise_alpha: torch.Tensor
         d: Embedding dimension.
     """
     alpha = torch.as_tensor(neftune_noise_alpha, dtype=torch.float32)  # number / tensor would round twice
-    return alpha / (lengths.clamp(min=1).float() * d).sqrt() * (lengths > 0)
+    return _once(alpha / (lengths.clamp(min=1).float() * d).sqrt() * (lengths > 0))
 
 
 def add_noise(
@@ -158,6 +158,12 @@ def call_words(key: torch.Tensor | int, call: torch.Tensor | int) -> tuple[torch
     x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     x = x ^ ((x >> 31) & (2**33 - 1))
     return x.to(torch.int32), (x >> 32).to(torch.int32)
+
+
+def _once(x: torch.Tensor) -> torch.Tensor:
+    """x. A compiler would fold it into the loop over all elements, and compute it anew for each; not through this."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
 
 
 def _arange(n: int, device) -> torch.Tensor:
