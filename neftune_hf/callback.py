@@ -1,7 +1,6 @@
 """When a Trainer's run has noise: during optimisation steps, and at no other time."""
 
 import logging
-import math
 import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,10 +11,9 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from .config import NEFTuneConfig, merge
-from .embeddings import EmbeddingSite, embedding_rms, unwrap
+from .embeddings import EmbeddingSite, unwrap
 from .errors import NEFTuneError, NoNoiseError
-from .hook import NEFTuneHandle, attached_handle
-from .noise import VARIANCE
+from .hook import NEFTuneHandle, attached_handle, expected_noise_to_embedding_db
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -148,12 +146,8 @@ def _remove_leftovers(model: nn.Module) -> None:
 
 
 def _expected(site: EmbeddingSite, config: NEFTuneConfig) -> str:
-    """The ratio of noise to embedding to expect, in words; nothing where this process has not all of the weights."""
-    if not (rms := embedding_rms(site)):
-        return ""
-    variance = VARIANCE[config.neftune_noise_type]
-    noise = config.neftune_noise_alpha * math.sqrt(variance / (512 * site.embedding_dim))
-    return f" at {20 * math.log10(noise / rms):+.1f} dB of the embedding at 512 tokens"
+    db = expected_noise_to_embedding_db(site, config, length=512)
+    return "" if db is None else f" at {db:+.1f} dB of the embedding at 512 tokens"
 
 
 def _remove_builtin(model: nn.Module) -> bool:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from .config import NEFTuneConfig
-from .embeddings import EmbeddingSite, callers, find_input_embeddings, forward_names, unwrap
+from .embeddings import EmbeddingSite, callers, embedding_rms, find_input_embeddings, forward_names, unwrap
 from .errors import NEFTuneError
 from .kernels import add_noise_
 from .lengths import LENGTH_KEYS, lengths_of_call, mask_of_labels
-from .noise import VARIANCE, noise_key, noise_scale, scheduled_alpha
+from .noise import VARIANCE, noise_key, noise_rms, noise_scale, scheduled_alpha
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, NEFTuneHandle]" = weakref.WeakKeyDictionary()
 _NEW_CALL = -1  # stands among the callers' numbers until the first noise of a call of the outermost model
@@ -169,6 +169,14 @@ class NEFTuneHandle:
 
     def __exit__(self, *exc_info) -> None:
         self.remove()
+
+
+def expected_noise_to_embedding_db(site: EmbeddingSite, config: NEFTuneConfig, length: float) -> float | None:
+    """20 * log10 of the noise's expected RMS at `length` tokens over the embedding's; None without all weights."""
+    if not (rms := embedding_rms(site)):
+        return None
+    noise = noise_rms(config.neftune_noise_alpha, config.neftune_noise_type, length, site.embedding_dim)
+    return 20 * math.log10(noise / rms)
 
 
 def attached_handle(model: nn.Module) -> NEFTuneHandle | None:

@@ -102,6 +102,20 @@ def noise_scale(lengths: torch.Tensor, d: int, neftune_noise_alpha: torch.Tensor
     return _once(alpha / (lengths.clamp(min=1).float() * d).sqrt() * (lengths > 0))
 
 
+def noise_rms(neftune_noise_alpha: float, noise_type: str, length: float, d: int) -> float:
+    """Expected RMS of the noise: alpha * sqrt(Var(u) / (L * d)).
+
+    Example:
+
+    ```python
+    >>> from neftune_hf.noise import noise_rms
+    >>> noise_rms(5.0, "bernoulli", length=25, d=4)
+    0.5
+    ```
+    """
+    return neftune_noise_alpha * math.sqrt(VARIANCE[noise_type] / (length * d))
+
+
 def add_noise(
     embeddings: torch.Tensor,
     lengths: torch.Tensor,

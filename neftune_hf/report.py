@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .embeddings import EmbeddingSite, embedding_rms, find_input_embeddings, forward_names
+from .embeddings import EmbeddingSite, find_input_embeddings, forward_names
 from .generate import complete
+from .hook import expected_noise_to_embedding_db
+from .noise import noise_rms
 
 ALPHAS = (5.0, 10.0, 15.0)
 
@@ -55,7 +57,9 @@ def inspect_model(model: nn.Module, length: float) -> list[dict[str, Any]]:
             "norm": norms.get(site),
             "length": length,
             "embedding_rms": None,
-            "alphas": {alpha: {"noise_rms": alpha / math.sqrt(3 * length * site.embedding_dim)} for alpha in ALPHAS},
+            "alphas": {
+                alpha: {"noise_rms": noise_rms(alpha, "uniform", length, site.embedding_dim)} for alpha in ALPHAS
+            },
         }
         if not table.weight.is_meta:
             ids = torch.arange(table.num_embeddings, device=table.weight.device)
@@ -148,25 +152,6 @@ def inspection(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def noise_to_embedding_db(site: EmbeddingSite, neftune_noise_alpha: float, length: float) -> float:
-    """Expected RMS of uniform noise at a sequence of `length` tokens over the RMS of the table's vectors, in decibels.
-
-    20 * log10(alpha / sqrt(3 * L * d) / rms(e)), with e the site's output on up to 4,096 ids of its vocabulary.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from neftune_hf import EmbeddingSite
-    >>> from neftune_hf.report import noise_to_embedding_db
-    >>> table = torch.nn.Embedding.from_pretrained(torch.ones(10, 4))
-    >>> round(noise_to_embedding_db(EmbeddingSite("embed", table, 4), 5.0, length=75), 2)
-    -15.56
-    ```
-    """
-    return 20 * math.log10(neftune_noise_alpha / math.sqrt(3 * length * site.embedding_dim) / embedding_rms(site))
-
-
 def answer_to(example: dict[str, Any], trainer: Trainer) -> str | None:
     """The model's greedy answer to the prompt of `example`: the authors' repetition penalty of 1.2, at most 96 tokens.
 
@@ -186,8 +171,7 @@ def summary(trainer: Trainer, example: dict[str, Any] | None, before: str | None
     length = _mean_length(trainer)
     for site in handle.sites:
         lines.append(f"  embedding      {site}, noised in {handle.draws[site.path]:,} forward passes")
-        if length:
-            db = noise_to_embedding_db(site, handle.config.neftune_noise_alpha, length)
+        if length and (db := expected_noise_to_embedding_db(site, handle.config, length)) is not None:
             lines.append(
                 f"  noise          {handle.config.neftune_noise_type}, alpha {handle.config.neftune_noise_alpha:g}: "
                 f"{10 ** (db / 20):.3f} of the embedding's RMS ({db:+.1f} dB) at the mean length of {length:.0f} tokens"

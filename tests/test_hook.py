@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from benchmark import Model, Ready  # an output that is there already: what is made besides is the hook's
 from torch import nn
 
 from neftune_hf import NEFTuneError, attach
 from neftune_hf.errors import EmbeddingNotFoundError
+from neftune_hf.hook import expected_noise_to_embedding_db
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
 from .test_kernels import Largest
@@ -229,33 +231,16 @@ def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
         noise = embed(model, input_ids=ids, attention_mask=mask) - clean
         ratio = noise.square().sum() / clean[mask.bool()].square().sum()
         assert handle.noise_to_embedding_db == pytest.approx(10 * math.log10(ratio), abs=0.5)
+        expected = expected_noise_to_embedding_db(handle.sites[0], handle.config, length=35)
+        assert expected == pytest.approx(10 * math.log10(ratio), abs=0.5)
         handle.reset_power()
         assert handle.noise_to_embedding_db is None
-
-
-class Ready(nn.Embedding):
-    """An embedding whose output is there already: what is made besides is the hook's."""
-
-    def forward(self, ids):
-        return self.output
-
-
-class Least(nn.Module):
-    def __init__(self, embedding):
-        super().__init__()
-        self.embedding = embedding
-
-    def get_input_embeddings(self):
-        return self.embedding
-
-    def forward(self, input_ids, attention_mask):
-        return self.embedding(input_ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_hook_makes_no_tensor_of_the_batchs_size(batch_size, dtype):
-    model, length = Least(Ready(8, 1024, device="meta")).train(), 2048 // batch_size
+    model, length = Model(Ready(8, 1024, device="meta")).train(), 2048 // batch_size
     model.embedding.output = torch.zeros(batch_size, length, 1024, dtype=dtype)
     ids = torch.ones(batch_size, length, dtype=torch.long)
     with attach(model, neftune_noise_alpha=5), Largest() as ours:
