@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import NEFTuneConfig
     from .embeddings import EmbeddingSite, find_input_embeddings
     from .errors import NEFTuneError
-    from .hook import NEFTuneHandle, attach
+    from .handle import NEFTuneHandle, attach
     from .lengths import sequence_lengths
     from .noise import add_noise
     from .patch import patch_transformers
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from .trainer import NEFTuneTrainerMixin
 
 # Each name is loaded when it is first used: torch, transformers' Trainer and TRL take seconds to import.
-_ROOMS = {
+_MODULES = {
     "EmbeddingSite": "embeddings",
     "NEFTuneCallback": "callback",
     "NEFTuneConfig": "config",
     "NEFTuneError": "errors",
-    "NEFTuneHandle": "hook",
+    "NEFTuneHandle": "handle",
     "NEFTuneSFTConfig": "sft",
     "NEFTuneSFTTrainer": "sft",
     "NEFTuneTrainerMixin": "trainer",
     "add_noise": "noise",
-    "attach": "hook",
+    "attach": "handle",
     "find_input_embeddings": "embeddings",
     "patch_transformers": "patch",
     "sequence_lengths": "lengths",
@@ -52,9 +52,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,49 +1,56 @@
-"""When a Trainer's run has noise: during optimisation steps, and at no other time."""
+"""NEFTune in any Trainer: hooks on at `on_step_begin`, off when the step's last backward pass has run."""
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
+import transformers.trainer
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
-from transformers.trainer import DEFAULT_CALLBACKS
 
 from .config import NEFTuneConfig, merge
-from .embeddings import EmbeddingSite, unwrap
-from .errors import NEFTuneError, NoNoiseError
-from .hook import NEFTuneHandle, attached_handle, expected_noise_to_embedding_db
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+from .errors import NEFTuneError
+from .handle import NEFTuneHandle, attached_handle
 
 logger = logging.getLogger(__name__)
-_of_runs: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()  # a handle of the user's own is not ours to remove
+_callbacks: "weakref.WeakSet[NEFTuneCallback]" = weakref.WeakSet()
+
+
+class NEFTuneRun(NamedTuple):
+    """What is kept of a run when it has ended, without the model: settings, embeddings, noised forward passes."""
+
+    config: NEFTuneConfig
+    embeddings: dict[str, str]
+    noised_forwards: dict[str, int]
 
 
 class NEFTuneCallback(TrainerCallback):
     """NEFTune for any `transformers.Trainer`.
 
-    The noise is put on when an optimisation step begins and taken off when it ends, so evaluation, prediction, saving
-    and whatever else happens between two steps see a clean model. Settings that are not given here are taken from the
-    trainer's args, `neftune_noise_alpha` among them: then transformers' built-in NEFTune is switched off and this one
-    takes its place.
+    The hooks are on from `on_step_begin` until the last backward pass of the step has run, so evaluation, prediction,
+    saving and other callbacks see a clean model. Settings that are not given here are taken from the trainer's args,
+    `neftune_noise_alpha` among them: then transformers' built-in NEFTune is off and this callback takes its place.
 
-    An exception inside a step leaves the noise on until any Trainer begins its next run on the model, with NEFTune or
-    without, or until [`detach`] is called; [`NEFTuneTrainerMixin`] does that by itself.
+    An exception inside a step leaves the hooks on until the next Trainer's run on the model, with NEFTune or without,
+    or until [`detach`] is called; [`NEFTuneTrainerMixin`] does that by itself.
 
-    Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`. The reporters of `report_to`, which are
-    called before this callback, see them only with [`NEFTuneTrainerMixin`].
+    Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`.
 
     Args:
         **fields: The fields of [`NEFTuneConfig`].
 
+    Attributes:
+        run ([`NEFTuneRun`]): The last run that has begun, or None.
+
     Raises:
         NEFTuneConfigError: A setting is out of range, or the args say otherwise.
         EmbeddingNotFoundError: The model has no token embeddings.
-        NEFTuneError: One process runs the model on several GPUs (`torch.nn.DataParallel`).
-        NoNoiseError: The first step ended and an embedding was never noised.
+        NEFTuneError: The Trainer has two of these callbacks, or one process runs the model on several GPUs
+            (`torch.nn.DataParallel`).
+        NoNoiseError: A step ended and an embedding was not noised in it.
 
     Example:
 
@@ -58,127 +65,163 @@ class NEFTuneCallback(TrainerCallback):
         NEFTuneConfig(**fields)
         self.fields = fields
         self.handle: NEFTuneHandle | None = None
+        self.run: NEFTuneRun | None = None
+        self.on_resolved: Callable[[NEFTuneConfig], None] = _ignore
+        self._of_trainer: Callable[[], Any] = _none  # weak references to the trainer's control and model
+        self._of_model: Callable[[], Any] = _none
+        self._gives_way = False
+        prepare_transformers()
+        _callbacks.add(self)
 
-    def on_init_end(self, args, state, control, **kwargs):
+    def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
         merge(self.fields, args)
+        for other in list(_callbacks):
+            if other is not self and other._of_trainer() is control:
+                if not other._gives_way:
+                    raise NEFTuneError(
+                        "`callbacks` has two `NEFTuneCallback`s, and the noise would be added twice. Leave one out."
+                    )
+                other._of_trainer = other._of_model = _none
+        self._of_trainer = weakref.ref(control)
+        self._of_model = _none if model is None else weakref.ref(model)
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
+        if self._gives_way and self._of_trainer() is not control:  # the trainer has a callback of the user's
+            return
         self.detach()
-        _remove_leftovers(model)
         replaced = _remove_builtin(model)
+        self.on_init_end(args, state, control, model)
         config = merge(self.fields, args)
         if config.neftune_seed is None:
             config = replace(config, neftune_seed=args.seed)
+        self.on_resolved(config)
         if config.enabled and args.n_gpu > 1:
             raise NEFTuneError(
                 f"`args` has {args.n_gpu} GPUs in one process, which run copies of the model in threads; NEFTune "
                 "cannot tell their batches apart. Start one process a GPU with `accelerate launch`, or set "
                 "CUDA_VISIBLE_DEVICES."
             )
-        self.handle = NEFTuneHandle(model, config, rank=data_rank(_device_mesh(model), args.process_index))
-        _of_runs.add(self.handle)
+        self.handle = NEFTuneHandle(model, config, follows_optimizer=False)
+        self._record_run()
         if self.handle.sites and state.is_world_process_zero:
             logger.info(
                 "NEFTune: %s noise, alpha %g (%s), on %s%s",
                 config.neftune_noise_type,
                 config.neftune_noise_alpha,
                 config.neftune_schedule,
-                ", ".join(str(site) + _expected(site, config) for site in self.handle.sites),
-                "; it takes the place of transformers' built-in" if replaced else "",
+                ", ".join(map(str, self.handle.sites)),
+                "; it takes the place of transformers' built-in" if replaced or args.neftune_noise_alpha else "",
             )
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.handle.set_step(state.global_step, state.max_steps)
-        self.handle.attach()
+    def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
+        if self.handle is None:  # added while the run was on
+            self.on_train_begin(args, state, control, model, **kwargs)
+        if self.handle is not None:
+            self.handle.set_step(state.global_step, state.max_steps)
+            self.handle.attach()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.handle is not None:
+            self.handle.remove()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.handle.remove()
-        silent = [str(site) for site in self.handle.sites if not self.handle.draws[site.path]]
-        if silent:
-            raise NoNoiseError(
-                f"NEFTune hooked {', '.join(map(str, self.handle.sites))}, and a training step ended without noise on "
-                f"{', '.join(silent)}. Either the model was given `inputs_embeds` instead of token ids, or the "
-                "embedding is in eval mode, or the model embeds its tokens with another module. Pass token ids, or set "
-                "`neftune_noise_alpha=None`."
-            )
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle.check_noised()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self.handle.remove()  # a step that a callback stopped half-way has no end
+        if self.handle is not None:
+            self.handle.remove()  # a step that a callback stopped half-way has no end
 
     def on_train_end(self, args, state, control, **kwargs):
         self.detach()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        logs.update(self.metrics(logs))
-        state.log_history[-1].update(self.metrics(logs))
-        if "loss" in logs and self.handle is not None:
-            self.handle.reset_power()
+        self.write_metrics(logs, state)
 
-    def metrics(self, logs: dict[str, float]) -> dict[str, float]:
-        """What NEFTune adds to a training log: alpha at the step that is logged, and the ratio since the last log."""
-        if self.handle is None or not self.handle.sites or "loss" not in logs:
-            return {}
-        ratio = self.handle.noise_to_embedding_db
-        return {"neftune/alpha": self.handle.alpha} | (
-            {} if ratio is None else {"neftune/noise_to_embedding_db": ratio}
-        )
+    def write_metrics(self, logs: dict[str, float], state) -> None:
+        """Add alpha and the ratio since the last log to a training log, once, and to its entry in the history."""
+        if self.handle is None or not self.handle.sites or "loss" not in logs or "neftune/alpha" in logs:
+            return
+        logs["neftune/alpha"] = self.handle.alpha
+        if (ratio := self.handle.noise_to_embedding_db) is not None:
+            logs["neftune/noise_to_embedding_db"] = ratio
+        self.handle.reset_power()
+        if state.log_history:
+            state.log_history[-1].update({name: logs[name] for name in logs if name.startswith("neftune/")})
 
     def detach(self) -> None:
-        """Take the noise off, whatever state the run is in."""
+        """Take the hooks off and let go of the model, whatever state the run is in."""
         if self.handle is not None:
             self.handle.remove()
+            self._record_run()
+            self.handle = None
+
+    def _record_run(self) -> None:
+        handle = self.handle
+        sites = {site.path: str(site) for site in handle.sites}
+        self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"handle": None, "on_resolved": _ignore, "_of_trainer": _none, "_of_model": _none}
 
 
-class _CleanUp(TrainerCallback):
-    """In every Trainer: a run without NEFTune that follows an interrupted one with it begins on a clean model too."""
+class NEFTuneDefaultCallback(TrainerCallback):
+    """Among the default callbacks of every Trainer that is made after a `NEFTuneCallback`; it does nothing in others.
+
+    It stands before the reporters of `report_to`, so that they see NEFTune's metrics, and removes the hooks that an
+    interrupted run has left on the model.
+    """
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        _remove_leftovers(model)
+        stale = attached_handle(model)
+        if stale is not None and not stale._follows_optimizer:  # a handle of the user's own is not ours to remove
+            stale.remove()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for callback in _callbacks:
+            if callback._of_trainer() is control:
+                callback.write_metrics(logs, state)
 
 
-DEFAULT_CALLBACKS.append(_CleanUp)
+def prepare_transformers() -> None:
+    """Once: the default callback, and a built-in that is not switched on for a model whose Trainer has a callback.
+
+    Switching it on and off again is not enough. It raises AttributeError on some models, and stays on the model where
+    `train()` fails early.
+    """
+    if NEFTuneDefaultCallback in transformers.trainer.DEFAULT_CALLBACKS:
+        return
+    transformers.trainer.DEFAULT_CALLBACKS.append(NEFTuneDefaultCallback)
+    activate, deactivate = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
+
+    def activate_neftune(model, *args, **kwargs):
+        return None if _is_ours(model) else activate(model, *args, **kwargs)
+
+    def deactivate_neftune(model, hook_handle, *args, **kwargs):
+        return None if hook_handle is None else deactivate(model, hook_handle, *args, **kwargs)
+
+    transformers.trainer.activate_neftune = activate_neftune
+    transformers.trainer.deactivate_neftune = deactivate_neftune
 
 
-def _remove_leftovers(model: nn.Module) -> None:
-    """Take off what an interrupted run left. A handle of the user's own stays."""
-    if (stale := attached_handle(model)) in _of_runs:
-        stale.remove()
-
-
-def _expected(site: EmbeddingSite, config: NEFTuneConfig) -> str:
-    db = expected_noise_to_embedding_db(site, config, length=512)
-    return "" if db is None else f" at {db:+.1f} dB of the embedding at 512 tokens"
+def _is_ours(model: nn.Module) -> bool:
+    return any(callback._of_model() is model for callback in _callbacks)
 
 
 def _remove_builtin(model: nn.Module) -> bool:
-    """Take transformers' own NEFTune off the model. The Trainer's clean-up at the end tolerates that it is gone."""
+    """Take transformers' own hook off, which is on where the callback was added after the Trainer was made."""
     found = False
     for module in model.modules():
         for number in [n for n, hook in module._forward_hooks.items() if hook is neftune_post_forward_hook]:
-            del module._forward_hooks[number]
+            del module._forward_hooks[number], module.neftune_noise_alpha
             found = True
-        if "neftune_noise_alpha" in module.__dict__:
-            del module.neftune_noise_alpha
     return found
 
 
-def data_rank(mesh: "DeviceMesh | None", process_index: int) -> int:
-    """Number of this process among those that hold different data, and so draw different noise.
-
-    On a device mesh tensor-parallel peers hold the same data and share a number; every other axis splits the data, by
-    rows or, in context parallelism, along the sequence.
-    """
-    if mesh is None:
-        return process_index
-    rank = 0
-    for name, size in zip(mesh.mesh_dim_names, mesh.shape, strict=True):
-        if name != "tp":
-            rank = rank * size + mesh.get_local_rank(name)
-    return rank
+def _ignore(config: NEFTuneConfig) -> None:
+    pass
 
 
-def _device_mesh(model: nn.Module) -> "DeviceMesh | None":
-    """Accelerate's mesh, or the one over which transformers sharded the model when it loaded it."""
-    from accelerate.state import AcceleratorState
-
-    return AcceleratorState().device_mesh or getattr(unwrap(model), "_device_mesh", None)
+def _none() -> None:
+    return None

@@ -1,13 +1,15 @@
 """The settings, validated once."""
 
 import math
+import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import NEFTuneConfigError
+from .noise import NOISE_TYPES
 
-_CHOICES = {
-    "neftune_noise_type": ("uniform", "gaussian", "bernoulli"),
+CHOICES = {
+    "neftune_noise_type": NOISE_TYPES,
     "neftune_length": ("tokens", "width"),
     "neftune_schedule": ("constant", "linear", "cosine"),
 }
@@ -21,14 +23,15 @@ class NEFTuneConfig:
         neftune_noise_alpha (`float`, *optional*):
             The paper's alpha (it used 5, 10 and 15). `None` or 0 is off.
         neftune_noise_type (`str`, defaults to `"uniform"`):
-            Distribution of u: `"uniform"` on (-1, 1), `"gaussian"` N(0, 1), or `"bernoulli"` on {-1, +1}.
+            Distribution of u, each of variance 1/3: `"uniform"` on (-1, 1), `"gaussian"` N(0, 1/3), or `"bernoulli"`
+            on +-1/sqrt(3).
         neftune_length (`str`, defaults to `"tokens"`):
             `"tokens"`: L is each sequence's own number of real tokens, and padding has no noise (the paper).
             `"width"`: L is the padded width and every position has noise, as transformers' built-in does it.
         neftune_schedule (`str`, defaults to `"constant"`):
             Alpha over training: `"constant"`, or `"linear"` or `"cosine"` down to 0.
         neftune_seed (`int`, *optional*):
-            Seed of the noise. `None` takes the trainer's `seed`.
+            Seed of the noise, 64 bits. `None` takes the trainer's `seed`.
 
     Raises:
         NEFTuneConfigError: A value is out of range. The message names the field.
@@ -50,16 +53,18 @@ class NEFTuneConfig:
 
     def __post_init__(self):
         alpha = self.neftune_noise_alpha
-        if alpha is not None and (type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha < 0):
+        is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)  # NumPy's too
+        if alpha is not None and not (is_number and math.isfinite(alpha) and alpha >= 0):
             raise NEFTuneConfigError(
                 f"`neftune_noise_alpha` must be a finite number >= 0 or None, got {alpha!r} "
                 f"({type(alpha).__name__}). Use 5, 10 or 15 as in the paper, or None to switch NEFTune off."
             )
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise NEFTuneConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
         seed = self.neftune_seed
-        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
+        is_integer = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+        if seed is not None and not (is_integer and 0 <= seed < 2**64):
             raise NEFTuneConfigError(
                 f"`neftune_seed` must be an int from 0 to 2**64 - 1 or None, got {seed!r} ({type(seed).__name__}). "
                 "None takes the trainer's `seed`."

@@ -1,6 +1,8 @@
 """Where token ids become embeddings in a model, through wrappers, adapters and composite models."""
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ class EmbeddingSite:
         embedding_dim: d, the width of its output.
         is_decoder: Whether it is the decoder's side of an encoder-decoder.
         placeholders: Token ids whose embeddings are overwritten by image, video or audio features.
+        pad_token_id: What pads the ids, by the model's config.
     """
 
     path: str
@@ -28,6 +31,7 @@ class EmbeddingSite:
     embedding_dim: int
     is_decoder: bool = False
     placeholders: tuple[int, ...] = ()
+    pad_token_id: int | None = None
 
     def __str__(self) -> str:
         return f"{self.path} ({type(self.module).__name__}, d={self.embedding_dim})"
@@ -72,10 +76,10 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     root = unwrap(model)
     asked = _text_models(root)
     found = {}
-    for text_model, is_decoder in asked.items():
-        embedding = _ask(text_model)
-        if embedding is not None and (table := _table(embedding)) is not None:
-            found[embedding] = table.embedding_dim, is_decoder, _placeholders(text_model)
+    for text_model, (is_decoder, config) in asked.items():
+        for embedding in _embeddings_that_run(text_model):
+            d = _table(embedding).embedding_dim
+            found[embedding] = d, is_decoder, _placeholders(config), getattr(config, "pad_token_id", None)
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(
@@ -98,33 +102,35 @@ def embedding_rms(site: EmbeddingSite) -> float | None:
         return site.module(ids[None]).float().square().mean().sqrt().item()
 
 
-def callers(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
+def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
     """The modules around the site that are told the batch's layout, innermost first.
 
     They are those of its ancestors whose forward takes an `attention_mask`; the innermost that is running when the
     embedding runs is the one that called it.
     """
     modules = dict(root.named_modules(remove_duplicate=False))
-    ancestors = {}
+    depths: dict[nn.Module, int] = {}
     for path, module in modules.items():
         if module is site.module:
             parts = path.split(".") if path else []
             for depth in range(len(parts) + 1):
                 ancestor = modules[".".join(parts[:depth])]
-                ancestors[ancestor] = max(depth, ancestors.get(ancestor, 0))
-    takes_mask = [module for module in ancestors if "attention_mask" in forward_names(module)]
-    return sorted(takes_mask, key=ancestors.get, reverse=True)
+                depths[ancestor] = max(depth, depths.get(ancestor, 0))
+    takes_mask = [module for module in depths if "attention_mask" in forward_names(module)]
+    return sorted(takes_mask, key=lambda module: depths[module], reverse=True)
 
 
 def forward_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of the module's forward, in order."""
-    import inspect
+    """Names of the parameters of the module's forward, in order; of its class's where it was replaced by a looser one."""
+    own = tuple(inspect.signature(module.forward).parameters)
+    return own if "attention_mask" in own else tuple(inspect.signature(type(module).forward).parameters)[1:]
 
-    return tuple(inspect.signature(module.forward).parameters)
 
+def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
+    """The models to ask for their input embeddings.
 
-def _text_models(root: nn.Module) -> dict[nn.Module, bool]:
-    """The models to ask for their input embeddings, each with whether it is the decoder of an encoder-decoder."""
+    Each with whether it is the decoder of an encoder-decoder, and with its config.
+    """
     from transformers import PreTrainedModel
 
     outermost, inner = [], set()
@@ -134,21 +140,36 @@ def _text_models(root: nn.Module) -> dict[nn.Module, bool]:
             inner.update(module.modules())
     text_models = {}
     for model in outermost or [root]:
-        if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
+        config = getattr(model, "config", None)
+        if isinstance(model, PreTrainedModel) and config.is_encoder_decoder:
             encoder, decoder = model.get_encoder(), model.get_decoder()
-            if encoder in set(
-                decoder.modules()
-            ):  # a composite whose text model is the encoder-decoder: it embeds itself
+            if encoder in set(decoder.modules()):  # a composite whose text model is the encoder-decoder
                 encoder, decoder = decoder, decoder.get_decoder()
-            text_models |= {encoder: False, decoder: True}
+            text_models |= {encoder: (False, config), decoder: (True, config)}
         else:
-            text_models[model] = False
+            text_models[model] = False, config
     return text_models
 
 
-def _placeholders(text_model: nn.Module) -> tuple[int, ...]:
+def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
+    """What the model names as its input embedding; the modules tied to it, where it only holds their weight."""
+    embedding = _ask(text_model)
+    if embedding is None or (table := _table(embedding)) is None:
+        return []
+    holders = [name for name, module in text_model.named_children() if module is embedding]
+    tied = [
+        module
+        for module in text_model.modules()
+        if isinstance(module, nn.Embedding) and module is not table and module.weight is table.weight
+    ]
+    own_config = getattr(text_model, "config", None)
+    holds_only = holders == ["shared"] and not getattr(own_config, "is_encoder_decoder", False)  # T5EncoderModel
+    return tied if holds_only and tied else [embedding]
+
+
+def _placeholders(config: Any) -> tuple[int, ...]:
     """Ids that stand for features of another modality, by the names that transformers' configs give them."""
-    ids = [getattr(getattr(text_model, "config", None), name, None) for name in _PLACEHOLDER_KEYS]
+    ids = [getattr(config, name, None) for name in _PLACEHOLDER_KEYS]
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 

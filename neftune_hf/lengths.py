@@ -1,15 +1,43 @@
-"""From what a forward call was given to each token's L: the number of real tokens of its own sequence."""
+"""Each token's sequence from a forward call's arguments: its length L, the position in it, and its hash."""
 
+import functools
+import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .errors import NEFTuneWarning
+from .noise import SequenceLayout, token_hash
 
-LENGTH_KEYS = ("attention_mask", "position_ids", "cu_seq_lens_q")
+LAYOUT_ARGUMENTS = ("attention_mask", "position_ids", "cu_seq_lens_q")
 _IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """What a forward call says about the layout of its batch; every tensor is on the device of `input_ids`.
+
+    Attributes:
+        input_ids: (batch, length).
+        attention_mask: (batch, length); or (batch or 1, length, length), boolean or additive.
+        position_ids: (batch or 1, length).
+        cu_seqlens: (documents + 1,).
+        labels: (batch, length). Tokens after the last label other than `ignored_label` are padding.
+        token_mask: (batch, length), False where no token of text is.
+        is_time_major: Whether the ids were looked up as (length, batch).
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    ignored_label: int = _IGNORED_LABEL
+    token_mask: torch.Tensor | None = None
+    is_time_major: bool = False
 
 
 def sequence_lengths(
@@ -20,22 +48,11 @@ def sequence_lengths(
     token_mask: torch.Tensor | None = None,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Each token's L, from the arguments that transformers' models and TRL's collators know.
-
-    Documents begin where `cu_seq_lens_q` says, else where `position_ids` do not continue, else at each row's start.
-    `attention_mask` says what is padding, in any layout: left, right, packed, or 4-dimensional (a token is real if it
-    may attend to itself; two tokens are of one sequence if one may attend to the other). With none of them, L is the
-    width. There is no data-dependent shape and no synchronisation with the device.
+    """Each token's L, the number of real tokens of its sequence. Arguments as for [`sequence_layout`].
 
     Args:
         batch_shape (`tuple[int, int]`): (batch, length) of the token ids.
-        attention_mask (`torch.Tensor`, *optional*): (batch, length), non-zero for real tokens; longer than the ids when
-            a cache or virtual tokens stand before them, shorter when the model pads its ids. Or
-            (batch, 1, length, length), boolean or additive.
-        position_ids (`torch.Tensor`, *optional*): (batch or 1, length), rising by 1 within a document.
-        cu_seq_lens_q (`torch.Tensor`, *optional*): (documents + 1,), bounds of the documents in the flattened batch.
-        token_mask (`torch.Tensor`, *optional*): `batch_shape`, false for places that hold no token of text, such as
-            those that image features overwrite; they do not count.
+        device (`torch.device`, *optional*): Where the result is, if no tensor is given.
 
     Returns:
         `torch.Tensor`: int64 of `batch_shape`; 0 marks padding and what does not count.
@@ -51,98 +68,218 @@ def sequence_lengths(
     [[0, 2, 2], [3, 3, 3]]
     ```
     """
-    batch, width = batch_shape
-    square = attention_mask is not None and attention_mask.dim() == 4
-    if attention_mask is None:
-        real = torch.ones(batch, width, dtype=torch.bool, device=device)
-    elif square:
-        kept = (attention_mask == 0 if attention_mask.is_floating_point() else attention_mask != 0)[:, 0]
-        real = kept.diagonal(dim1=-2, dim2=-1)
-    else:
-        real = _fit(attention_mask != 0, width)
-    if token_mask is not None:
-        real = real & token_mask
-
-    if cu_seq_lens_q is None and position_ids is None:
-        mates = (kept | kept.mT) & real[:, None, :] if square else real[:, None, :]
-        return mates.sum(dim=-1) * real
-    place = torch.arange(batch * width, device=real.device)
-    if cu_seq_lens_q is not None:
-        document = torch.searchsorted(cu_seq_lens_q[1:].to(real.device), place, right=True)
-    else:
-        starts = torch.ones(batch, width, dtype=torch.bool, device=real.device)
-        starts[:, 1:] = position_ids.diff(dim=-1) != 1
-        document = starts.flatten().cumsum(0) - 1
-    counts = torch.zeros_like(place).scatter_add(0, document, real.flatten().long())
-    return counts[document].view(batch, width) * real
+    given = (attention_mask, position_ids, cu_seq_lens_q, token_mask)
+    device = next((tensor.device for tensor in given if tensor is not None), device)
+    ids = torch.zeros(batch_shape, dtype=torch.int64, device=device)
+    return sequence_layout(ids, attention_mask, position_ids, cu_seq_lens_q, token_mask).lengths
 
 
-def lengths_of_call(given: Mapping[str, Any], ids: torch.Tensor, placeholders: Sequence[int] = ()) -> torch.Tensor:
-    """Each token's L for the `ids` that an embedding looked up, from what the module that called it was `given`.
+def sequence_layout(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
+) -> SequenceLayout:
+    """Each token's sequence, from the arguments that transformers' models and TRL's collators know.
 
-    `placeholders` are the ids whose embeddings image, video or audio features overwrite. What is not understood is left
-    out, with one warning that names it: a mask that is no tensor, positions with more than one meaning (M-RoPE). Ids
-    that are flat, or time-major, are brought to (batch, length) first.
+    A row is one sequence unless something says that it holds several, one after the other: `cu_seq_lens_q`; else
+    `position_ids` that do not rise from one real token to the next; else an `attention_mask` that numbers the
+    documents, or in whose 4-dimensional form neither of two neighbouring tokens may attend to the other.
+    `attention_mask` also says what is padding, and so does the end of `cu_seq_lens_q`.
+    There is no data-dependent shape and no synchronisation with the device.
+
+    Args:
+        input_ids (`torch.Tensor`): (batch, length).
+        attention_mask (`torch.Tensor`, *optional*): (batch, length), non-zero for real tokens; a different number for
+            each document where a row holds several. Longer than the ids when a cache or virtual tokens stand before
+            them, shorter when the model pads its ids. Or (batch or 1, 1, length, length), boolean or additive, causal
+            or not, with or without a sliding window: a token is real if it may attend to itself.
+        position_ids (`torch.Tensor`, *optional*): (batch or 1, length), rising within a document.
+        cu_seq_lens_q (`torch.Tensor`, *optional*): (documents + 1,), cumulative lengths of the documents in the
+            flattened batch.
+        token_mask (`torch.Tensor`, *optional*): (batch, length), False where no token of text is, such as positions
+            that image features overwrite; they do not count.
+
+    Returns:
+        [`SequenceLayout`]: Lengths, positions and hashes, each int64 of (batch, length).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from neftune_hf.lengths import sequence_layout
+    >>> padded = sequence_layout(torch.tensor([[0, 7, 8]]), attention_mask=torch.tensor([[0, 1, 1]]))
+    >>> packed = sequence_layout(torch.tensor([[7, 8, 9]]), position_ids=torch.tensor([[0, 1, 0]]))
+    >>> padded.positions.tolist(), packed.positions.tolist()
+    ([[0, 0, 1]], [[0, 1, 0]])
+    >>> torch.equal(padded.hashes[:, 1:], packed.hashes[:, :2])
+    True
+    ```
     """
-    mask, positions, bounds = (given.get(key) for key in LENGTH_KEYS)
-    if _is_time_major(ids, mask, given.get("input_ids")):
-        return lengths_of_call(given, ids.T, placeholders).T
+    if attention_mask is not None:
+        attention_mask = _normalised_mask(attention_mask, input_ids.shape)
+    return layout_of_call(CallArguments(input_ids, attention_mask, position_ids, cu_seq_lens_q, token_mask=token_mask))
+
+
+def layout_of_call(call: CallArguments) -> SequenceLayout:
+    """[`sequence_layout`] of arguments whose shapes fit."""
+    ids, mask = call.input_ids, call.attention_mask
+    batch, width = ids.shape
+    if ids.numel() == 0:
+        return SequenceLayout(*(ids.new_zeros(ids.shape, dtype=torch.int64) for _ in range(3)))
+    column = torch.arange(width, device=ids.device)
+
+    real = torch.ones(batch, width, dtype=torch.bool, device=ids.device)
+    if mask is not None:
+        kept = mask == 0 if mask.dim() == 3 and mask.is_floating_point() else mask != 0
+        real = real & (kept if mask.dim() == 2 else kept.diagonal(dim1=-2, dim2=-1))
+    if call.labels is not None:
+        last = torch.where(call.labels != call.ignored_label, column, -1).amax(dim=1, keepdim=True)
+        real = real & (column <= last)
+    if call.token_mask is not None:
+        real = real & call.token_mask
+    if call.cu_seqlens is not None:
+        place = torch.arange(batch * width, device=ids.device).view(batch, width)
+        document = torch.searchsorted(call.cu_seqlens.to(place), place, right=True)
+        real = real & (document < len(call.cu_seqlens))  # what is after the last document is padding
+
+    # Each token is compared with the real token before it, if there is one in its row.
+    seen = torch.where(real, column, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
+    begins = before < 0
+    before = before.clamp(min=0)
+    if call.cu_seqlens is not None:
+        begins = begins | (document != document.gather(1, before))
+    elif call.position_ids is not None:
+        positions = call.position_ids.to(ids.device).expand(batch, width)
+        begins = begins | (positions <= positions.gather(1, before))
+    elif mask is not None and mask.dim() == 2:
+        begins = begins | (mask != mask.gather(1, before))
+    elif mask is not None:
+        either = kept | kept.mT
+        begins = begins | ~either.expand(batch, width, width).gather(2, before.unsqueeze(-1)).squeeze(-1)
+    begins = begins & real
+
+    # A sequence is named after the place of its first token in the flattened batch.
+    first = torch.where(begins, column, 0).cummax(dim=1).values
+    count = real.cumsum(dim=1)
+    positions = (count - count.gather(1, first)) * real
+    sequence = (first + torch.arange(batch, device=ids.device).unsqueeze(1) * width).flatten()
+    totals = torch.zeros(2, batch * width, dtype=torch.int64, device=ids.device)
+    addends = torch.stack([real.long(), token_hash(ids.long(), positions) * real]).view(2, -1)
+    totals = totals.scatter_add(1, sequence.expand(2, -1), addends)
+    lengths, hashes = totals.gather(1, sequence.expand(2, -1)).view(2, batch, width) * real
+    return SequenceLayout(lengths, positions, hashes)
+
+
+def arguments_of_call(
+    given: Mapping[str, Any],
+    ids: torch.Tensor,
+    placeholders: tuple[int, ...] = (),
+    pad_token_id: int | None = None,
+    is_decoder: bool = False,
+) -> CallArguments:
+    """What the module that calls the embedding was `given`, brought to the shape of the `ids` that are looked up.
+
+    Ids that are flat or time-major become (batch, length). What is not understood is left out, with one warning that
+    names it: a mask that is no tensor, positions with more than one meaning (M-RoPE).
+
+    Args:
+        given: Arguments of the calling module's forward: those of [`sequence_layout`], and `labels`.
+        ids: Token ids, of any shape.
+        placeholders: Ids whose embeddings image, video or audio features overwrite.
+        pad_token_id: What pads ids that come without a mask of their own.
+        is_decoder: Whether these are a decoder's inputs, the labels shifted right.
+    """
+    mask, positions, cu_seqlens = (given.get(name) for name in LAYOUT_ARGUMENTS)
+    input_ids, labels = given.get("input_ids"), given.get("labels")
+    if isinstance(mask, Mapping):  # transformers' models of several kinds of attention
+        mask = mask.get("full_attention")
+    if _is_tensor(positions, 3) and positions.shape[0] == 4:  # M-RoPE with the positions of the text before it
+        positions = positions[0]
     if ids.dim() != 2:
         width = mask.shape[1] if _is_tensor(mask, 2) and mask.numel() == ids.numel() else ids.shape[-1]
-        return lengths_of_call(given, ids.reshape(-1, width), placeholders).view(ids.shape)
+        ids = ids.reshape(-1, width)
+    time_major = _is_time_major(ids, input_ids, mask)
+    ids = ids.T if time_major else ids
     batch, width = ids.shape
-    known = {}
+    call = CallArguments(ids, is_time_major=time_major)
+    is_other = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # LED's padding, say
+    if is_other:
+        mask = mask if _is_tensor(mask, 2) and mask.shape == ids.shape else None
+        positions = positions if _is_tensor(positions, 2) and positions.shape == ids.shape else None
+        cu_seqlens = None
     if (_is_tensor(mask, 2) and mask.shape[0] == batch) or (_is_tensor(mask, 4) and mask.shape[-2:] == (width, width)):
-        known["attention_mask"] = mask
+        call = replace(call, attention_mask=_normalised_mask(mask, ids.shape))
     if _is_tensor(positions, 2) and positions.shape[1] == width and positions.shape[0] in (1, batch):
-        known["position_ids"] = positions
-    if _is_tensor(bounds, 1):
-        known["cu_seq_lens_q"] = bounds
-    if not known and not torch.compiler.is_compiling():
-        _warn_width(given)
+        call = replace(call, position_ids=positions)
+    if _is_tensor(cu_seqlens, 1) and len(cu_seqlens) > 1:
+        call = replace(call, cu_seqlens=cu_seqlens)
+    known = call.attention_mask is not None or call.position_ids is not None or call.cu_seqlens is not None
+    if not known and is_decoder and _is_tensor(labels, 2) and labels.shape == ids.shape:
+        call, known = replace(call, labels=labels), True
+    elif not known and is_decoder and pad_token_id is not None:
+        # The label of a position is the input of the next one. Of the last, all that is known is whether it is padded.
+        labels = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+        call, known = replace(call, labels=labels, ignored_label=pad_token_id), True
+    elif not known and is_other and pad_token_id is not None:
+        call, known = replace(call, token_mask=ids != pad_token_id), True
+    if not known:
+        _warn_of_width(_described(given))
     if placeholders:
-        original = given.get("input_ids", ids)  # some models put padding in the placeholders' stead before they look up
-        original = original if original.shape == ids.shape else ids
-        known["token_mask"] = (original.unsqueeze(-1) != torch.tensor(placeholders, device=ids.device)).all(dim=-1)
-    return sequence_lengths(ids.shape, **known, device=ids.device)
+        # Some models put padding in the placeholders' stead before they look up.
+        original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
+        text = functools.reduce(operator.and_, (original != placeholder for placeholder in placeholders))
+        call = replace(call, token_mask=text if call.token_mask is None else text & call.token_mask)
+    return call
 
 
-def mask_of_labels(labels: torch.Tensor) -> torch.Tensor:
-    """A decoder's mask where none is given: its inputs are the labels shifted right, real up to the last label."""
-    return (labels != _IGNORED_LABEL).flip(-1).cumsum(-1).flip(-1) > 0
+def _is_time_major(ids: torch.Tensor, input_ids: Any, mask: Any) -> bool:
+    """Whether the ids were transposed on their way to the embedding, as XLNet does.
+
+    The shapes say it. A square batch has to be compared, which synchronises; it is not where the tensor is the same.
+    """
+    outer = input_ids if _is_tensor(input_ids, 2) else mask
+    if not _is_tensor(outer, 2) or ids.shape != outer.shape[::-1]:
+        return False
+    if ids.shape != outer.shape:
+        return True
+    if ids is outer or outer is mask or torch.compiler.is_compiling():
+        return False
+    if ids.data_ptr() == outer.data_ptr():
+        return ids.stride() != outer.stride()
+    return torch.equal(ids, outer.T) and not torch.equal(ids, outer)
 
 
-def _fit(real: torch.Tensor, width: int) -> torch.Tensor:
-    """A mask as wide as the ids: what stands before them is a cache or virtual tokens, what is missing is padding."""
-    if real.shape[1] >= width:
-        return real[:, real.shape[1] - width :]
-    return torch.nn.functional.pad(real, (0, width - real.shape[1]))
+def _normalised_mask(mask: torch.Tensor, shape: torch.Size | tuple[int, int]) -> torch.Tensor:
+    """(batch, length) as wide as the ids, or (batch or 1, length, length)."""
+    width = shape[1]
+    if mask.dim() == 4:
+        return mask[:, 0]
+    if mask.shape[1] >= width:  # what stands before the ids is a cache, or virtual tokens
+        return mask[:, mask.shape[1] - width :]
+    return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
 
 
 def _is_tensor(value: Any, dim: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == dim
 
 
-def _is_time_major(ids: torch.Tensor, mask: Any, input_ids: Any) -> bool:
-    """Whether the ids were transposed on their way to the embedding. A square batch does not show it by its shape."""
-    if ids.dim() != 2 or not _is_tensor(mask, 2) or mask.shape != ids.T.shape:
-        return False
-    if ids.shape != mask.shape or torch.compiler.is_compiling():
-        return ids.shape != mask.shape
-    transposed = _is_tensor(input_ids, 2) and torch.equal(ids, input_ids.T)
-    return transposed and not torch.equal(ids, input_ids)
-
-
-def _warn_width(given: Mapping[str, Any]) -> None:
+def _described(given: Mapping[str, Any]) -> str:
     seen = [
-        f"`{key}` ({f'{value.dim()}-dimensional' if isinstance(value, torch.Tensor) else type(value).__name__})"
-        for key, value in given.items()
-        if key in LENGTH_KEYS
+        f"`{name}` ({f'{value.dim()}-dimensional' if isinstance(value, torch.Tensor) else type(value).__name__})"
+        for name, value in given.items()
+        if name in LAYOUT_ARGUMENTS
     ]
+    return ", ".join(seen) or "no `attention_mask`"
+
+
+@torch._dynamo.assume_constant_result  # so that a compiler warns while it traces
+def _warn_of_width(seen: str) -> None:
     warnings.warn(
-        "NEFTune takes the padded width as L: the module that calls the embedding was given "
-        f"{', '.join(seen) or 'no lengths'}. Pass `attention_mask`, or `position_ids` that restart at each document, "
-        "for the paper's noise.",
+        f"NEFTune takes the padded width as L: the module that calls the embedding was given {seen}. Pass "
+        "`attention_mask`, or `position_ids` that restart at each document, for the paper's noise.",
         NEFTuneWarning,
         stacklevel=2,
     )

@@ -1,26 +1,60 @@
-"""The noise as a pure function: the formula in the paper's symbols, and the counter-based bits under it.
+"""The noise as a pure function of the sequence: the formula in the paper's symbols, and the counter-based bits under it.
 
-    e' = e + alpha / sqrt(L * d) * u                  (Jain et al. 2023, arXiv 2310.05914)
+    e' = e + alpha / sqrt(L * d) * u                                   (Jain et al. 2023, arXiv 2310.05914)
 
-u is not drawn from a stream. Its bits are a keyed hash of a counter (Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3"), so torch's generators are never touched and any element of any step can be computed again.
-The hash is the 32-bit finaliser by Wellons (https://github.com/skeeto/hash-prospector), the keys come from splitmix64
-(Steele et al. 2014).
+    key of a sequence = hash(seed, step, embedding, sum over its tokens of hash(id, position))
+    u of an element   = hash(key of its sequence, position in its sequence, channel)
+
+There is no generator and no counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so torch's
+generators are never touched and a sequence has the same noise in any batch, on any process and in any recomputation.
+Keys and tokens are hashed with splitmix64 (Steele et al. 2014), elements with the 32-bit finaliser by Wellons
+(https://github.com/skeeto/hash-prospector).
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-VARIANCE = {"uniform": 1 / 3, "gaussian": 1.0, "bernoulli": 1.0}  # of u
+from .errors import NEFTuneConfigError
+
+# u by its quantile function, from a number that is uniform on (-1, 1). All have variance 1/3.
+NOISE_TYPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": lambda uniform: uniform,
+    "gaussian": lambda uniform: torch.erfinv(uniform) * math.sqrt(2 / 3),
+    "bernoulli": lambda uniform: uniform.sign() * math.sqrt(1 / 3),
+}
+
+MEASURED_TOKENS = 32  # of each batch, evenly spread: where the noise is compared with the embeddings
 
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment
+_S1, _S2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64's multipliers
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - 2**32
 
 
-def noise_key(seed: int, rank: int = 0, step: int = 0, site: int = 0) -> int:
-    """64-bit key of one embedding site at one optimisation step on one data-parallel rank, in [-2^63, 2^63).
+class SequenceLayout(NamedTuple):
+    """What the noise needs to know of each token. Integer tensors of one shape, that of the token ids.
+
+    Attributes:
+        lengths: L, the number of real tokens of the token's sequence; 0 on padding.
+        positions: Position in the sequence, counted over its real tokens from 0.
+        hashes: Sum over the sequence's real tokens of [`token_hash`] (int64, modulo 2^64).
+    """
+
+    lengths: torch.Tensor
+    positions: torch.Tensor
+    hashes: torch.Tensor
+
+
+def noise_key(seed: int, step: int = 0, embedding: int = 0) -> int:
+    """64-bit key of one embedding at one optimisation step, in [-2^63, 2^63).
+
+    Args:
+        seed (`int`): `neftune_seed`, 64 bits.
+        step (`int`): Optimisation step from 0, 64 bits.
+        embedding (`int`): Index of the embedding in [`find_input_embeddings`].
 
     Example:
 
@@ -31,9 +65,9 @@ def noise_key(seed: int, rank: int = 0, step: int = 0, site: int = 0) -> int:
     ```
     """
     key = 0
-    for word in (seed, rank, step, site):
-        key = _splitmix64(key ^ (word & _MASK64))
-    return key - 2**64 if key >> 63 else key
+    for word in (seed, step, embedding):
+        key = _mix64_int((key ^ (word & _MASK64)) + _GOLDEN)
+    return _signed(key)
 
 
 def scheduled_alpha(alpha: float, schedule: str, step: int, max_steps: int) -> float:
@@ -57,38 +91,60 @@ def scheduled_alpha(alpha: float, schedule: str, step: int, max_steps: int) -> f
     return alpha * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
 
 
-def random_words(
-    key: torch.Tensor | int, call: torch.Tensor | int, shape: torch.Size | tuple, device=None
-) -> torch.Tensor:
-    """Random integers: a function of the 64-bit `key`, the forward `call` and the element's place.
+def token_hash(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """hash(id, position) as int64. Two tokens of one sequence never share theirs: the hash is a bijection."""
+    return _mix64(ids + (positions << 32) + _signed(_GOLDEN))
 
-    Every token and every channel gets a 32-bit word from a bijective keyed hash, so no two tokens and no two channels
-    of a call share theirs; an element's word is the hash of its token's word plus its channel's.
+
+def random_words(layout: SequenceLayout, d: int, key: torch.Tensor | int) -> torch.Tensor:
+    """Random integers: a function of `key` and of each token's sequence, position and channel.
+
+    A token has 64 bits, from its sequence's key and its position, and a channel 32. The first half of the token's
+    is added to the channel's, the second half comes in between the two rounds of the hash.
 
     Returns:
-        `torch.Tensor`: int32 of `shape` (..., d). The leading axes are numbered as one, row by row.
+        `torch.Tensor`: int32 of shape (..., d), the upper 25 bits of which are meant for use.
     """
-    tokens, channels = token_and_channel_words(key, call, shape, device)
-    return _mix32_high(tokens[:, None] + channels).view(shape)
+    first, second = token_words(layout, key)
+    x = first.unsqueeze(-1) + channel_words(d, first.device)
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _M1 + second.unsqueeze(-1)
+    return (x ^ ((x >> 15) & 0x1FFFF)) * _M2
 
 
-def token_and_channel_words(key, call, shape, device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The int32 words of the tokens, (prod(...),), and of the channels, (d,), of a batch of `shape` (..., d)."""
-    *leading, d = shape
-    k0, k1 = call_words(key, call)
-    tokens = _mix32(_mix32(_arange(math.prod(leading), device) ^ k0) ^ k1)
-    return _once(tokens), _once(_mix32(_mix32(_arange(d, device) ^ k1) + k0))
+def token_words(layout: SequenceLayout, key: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two int32 words of each token: splitmix64's output for its position, in the stream of its sequence's key."""
+    sequence_key = _mix64(layout.hashes ^ key)
+    x = _mix64(sequence_key + (layout.positions + 1) * _signed(_GOLDEN))
+    return _fusion_barrier(x.to(torch.int32)), _fusion_barrier((x >> 32).to(torch.int32))
+
+
+def channel_words(d: int, device: torch.device | None = None) -> torch.Tensor:
+    """The int32 word of each channel, (d,)."""
+    x = torch.arange(d, dtype=torch.int32, device=device)
+    x = (x ^ (x >> 16)) * _M1
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _M2
+    return _fusion_barrier(x ^ ((x >> 16) & 0xFFFF))
 
 
 def unit_noise(words: torch.Tensor, noise_type: str = "uniform") -> torch.Tensor:
-    """u as float32, from random words: odd multiples of 2^-24, so it is symmetric about 0 and never +-1 exactly.
+    """u as float32, of variance 1/3, from random words.
 
-    `"uniform"`: that number, variance 1/3. `"gaussian"`: its normal quantile, variance 1. `"bernoulli"`: its sign.
+    `"uniform"`: odd multiples of 2^-24, symmetric about 0 and never +-1. `"gaussian"`: its normal quantile over
+    sqrt(3). `"bernoulli"`: its sign over sqrt(3).
+
+    Raises:
+        NEFTuneConfigError: There is no such type.
     """
-    u = ((words >> 7) | 1).float() * 2.0**-24
-    if noise_type == "gaussian":
-        return torch.erfinv(u) * math.sqrt(2)
-    return u.sign() if noise_type == "bernoulli" else u
+    return quantile_function(noise_type)(((words >> 7) | 1).float() * 2.0**-24)
+
+
+def quantile_function(noise_type: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From numbers that are uniform on (-1, 1) to u of this type."""
+    if noise_type not in NOISE_TYPES:
+        raise NEFTuneConfigError(
+            f"`neftune_noise_type` must be one of {', '.join(map(repr, NOISE_TYPES))}, got {noise_type!r}."
+        )
+    return NOISE_TYPES[noise_type]
 
 
 def noise_scale(lengths: torch.Tensor, d: int, neftune_noise_alpha: torch.Tensor | float) -> torch.Tensor:
@@ -98,98 +154,98 @@ def noise_scale(lengths: torch.Tensor, d: int, neftune_noise_alpha: torch.Tensor
         lengths: Integers of any shape, each token's L.
         d: Embedding dimension.
     """
-    alpha = torch.as_tensor(neftune_noise_alpha, dtype=torch.float32)  # number / tensor would round twice
-    return _once(alpha / (lengths.clamp(min=1).float() * d).sqrt() * (lengths > 0))
+    # In float64 and rounded once: torch's float32 square root on a CPU may be off by one in the last place, a GPU's is not.
+    wide = torch.float32 if lengths.device.type == "mps" else torch.float64
+    alpha = torch.as_tensor(neftune_noise_alpha, dtype=torch.float32).to(wide)
+    scale = (alpha / (lengths.clamp(min=1) * d).to(wide).sqrt()).float() * (lengths > 0)
+    return _fusion_barrier(scale)
 
 
-def noise_rms(neftune_noise_alpha: float, noise_type: str, length: float, d: int) -> float:
-    """Expected RMS of the noise: alpha * sqrt(Var(u) / (L * d)).
+def noise_rms(neftune_noise_alpha: float, length: float, d: int) -> float:
+    """Expected RMS of the noise, whatever its type: alpha / sqrt(3 * L * d).
 
     Example:
 
     ```python
     >>> from neftune_hf.noise import noise_rms
-    >>> noise_rms(5.0, "bernoulli", length=25, d=4)
+    >>> noise_rms(6.0, length=12, d=4)
     0.5
     ```
     """
-    return neftune_noise_alpha * math.sqrt(VARIANCE[noise_type] / (length * d))
+    return neftune_noise_alpha / math.sqrt(3 * length * d)
 
 
 def add_noise(
     embeddings: torch.Tensor,
-    lengths: torch.Tensor,
+    layout: SequenceLayout,
     neftune_noise_alpha: torch.Tensor | float,
     key: torch.Tensor | int,
-    call: torch.Tensor | int = 0,
     neftune_noise_type: str = "uniform",
 ) -> torch.Tensor:
     """NEFTune on a batch of embeddings: e' = e + alpha / sqrt(L * d) * u.
 
-    Scale, draw and sum are computed in float32 (the sum in float64 where `embeddings` are) and rounded once. This is
-    the readable reference; it is out of place and differentiable (the noise is a constant: the gradient passes
-    unchanged).
+    Scale, u and sum are computed in float32 (the sum in float64 where `embeddings` are) and rounded once. The noise is
+    a constant: the gradient passes unchanged. This is the readable reference that every faster path equals.
 
     Args:
         embeddings (`torch.Tensor`): (..., d), floating point.
-        lengths (`torch.Tensor`): (...), each token's L: the number of real tokens of its sequence, 0 on padding.
+        layout ([`SequenceLayout`]): Each token's sequence, from [`sequence_layout`].
         neftune_noise_alpha (`float`): The paper's alpha.
-        key, call: What the bits depend on, see [`noise_key`].
+        key (`int`): From [`noise_key`].
         neftune_noise_type (`str`): As in [`NEFTuneConfig`].
 
     Returns:
-        `torch.Tensor`: e' with the shape and dtype of `embeddings`.
+        `torch.Tensor`: e', a new tensor with the shape and dtype of `embeddings`.
 
-    Example:
+    Raises:
+        NEFTuneConfigError: There is no such noise type.
+
+    Example: the noise of step 1,000 of a run with seed 42, computed again.
 
     ```python
     >>> import torch
     >>> from neftune_hf import add_noise
-    >>> e = torch.zeros(1, 4, 8)
-    >>> noise = add_noise(e, torch.tensor([[3, 3, 3, 0]]), 5.0, key=42)
+    >>> from neftune_hf.lengths import sequence_layout
+    >>> from neftune_hf.noise import noise_key
+    >>> layout = sequence_layout(torch.tensor([[7, 8, 9, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0]]))
+    >>> noise = add_noise(torch.zeros(1, 4, 8), layout, 5.0, noise_key(42, step=1000))
     >>> bool(noise.abs().max() <= 5 / (3 * 8) ** 0.5), noise[0, 3].abs().sum().item()
     (True, 0.0)
     ```
     """
-    u = unit_noise(random_words(key, call, embeddings.shape, embeddings.device), neftune_noise_type)
-    scale = noise_scale(lengths, embeddings.shape[-1], neftune_noise_alpha)
-    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    u = unit_noise(random_words(layout, embeddings.shape[-1], key), neftune_noise_type)
+    scale = noise_scale(layout.lengths, embeddings.shape[-1], neftune_noise_alpha)
+    compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
     # e + scale * u; where the processor can, rounded once
-    return torch.addcmul(embeddings.to(wide), scale.unsqueeze(-1).to(wide), u.to(wide)).to(embeddings.dtype)
+    noised = torch.addcmul(embeddings.to(compute_dtype), scale.unsqueeze(-1).to(compute_dtype), u.to(compute_dtype))
+    return noised.to(embeddings.dtype)
 
 
-def _splitmix64(x: int) -> int:
-    x = (x + _GOLDEN) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+def _signed(x: int) -> int:
+    return x - 2**64 if x >> 63 else x
+
+
+def _mix64_int(x: int) -> int:
+    """splitmix64's finaliser, a bijection of 64-bit integers."""
+    x &= _MASK64
+    x = ((x ^ (x >> 30)) * _S1) & _MASK64
+    x = ((x ^ (x >> 27)) * _S2) & _MASK64
     return x ^ (x >> 31)
 
 
-def call_words(key: torch.Tensor | int, call: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
-    """splitmix64(key + call * golden) as two int32 words. 0-d CPU tensors: a compiled graph reads them as inputs."""
-    x = torch.as_tensor(key) + torch.as_tensor(call) * (_GOLDEN - 2**64)
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
-    x = x ^ ((x >> 31) & (2**33 - 1))
-    return x.to(torch.int32), (x >> 32).to(torch.int32)
+def _mix64(x: torch.Tensor) -> torch.Tensor:
+    """The same on int64 tensors; masks undo the sign extension of the shifts."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_S1)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_S2)
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def _once(x: torch.Tensor) -> torch.Tensor:
-    """x. A compiler would fold it into the loop over all elements, and compute it anew for each; not through this."""
+def _fusion_barrier(x: torch.Tensor) -> torch.Tensor:
+    """x, materialised. A compiler would fold it into the loop over all elements, and compute it anew for each.
+
+    Inductor 2.13 even computed garbage on CPU where it fused int64 hashes of tokens into an int32 loop over elements.
+    """
+    if not torch.compiler.is_compiling():
+        return x
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
-
-
-def _arange(n: int, device) -> torch.Tensor:
-    return torch.arange(n, dtype=torch.int32, device=device)
-
-
-def _mix32_high(x: torch.Tensor) -> torch.Tensor:
-    """The hash up to its last multiplication, whose high bits are all that a draw uses. Masks undo sign extension."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _M1
-    return (x ^ ((x >> 15) & 0x1FFFF)) * _M2
-
-
-def _mix32(x: torch.Tensor) -> torch.Tensor:
-    x = _mix32_high(x)
-    return x ^ ((x >> 16) & 0xFFFF)

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .embeddings import EmbeddingSite, find_input_embeddings, forward_names
+from .embeddings import EmbeddingSite, expected_noise_to_embedding_db, find_input_embeddings, forward_names
 from .generate import complete
-from .hook import expected_noise_to_embedding_db
 from .noise import noise_rms
 
 ALPHAS = (5.0, 10.0, 15.0)

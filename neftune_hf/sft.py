@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig, SFTTrainer
 
-from .config import FIELDS, NEFTuneConfig, merge
+from .config import FIELDS, NEFTuneConfig
 from .errors import NEFTuneWarning
 from .trainer import NEFTuneTrainerMixin
 
@@ -54,14 +54,13 @@ class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
     ```
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        config = merge(self.neftune_callback.fields, self.args)
+    def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
+        super()._warn_about_neftune(config)
         wrapped = self.args.packing and self.args.packing_strategy == "wrapped"
         if config.enabled and config.neftune_length == "tokens" and wrapped:
             warnings.warn(
-                "`packing_strategy='wrapped'` cuts documents anywhere and keeps no bounds, so NEFTune takes each row's "
-                "width as L. Use `packing_strategy='bfd'` for the paper's noise.",
+                "`packing_strategy='wrapped'` cuts documents anywhere and keeps no boundaries, so NEFTune takes each "
+                "row's width as L. Use `packing_strategy='bfd'` for the paper's noise.",
                 NEFTuneWarning,
                 stacklevel=2,
             )

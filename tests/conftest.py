@@ -65,11 +65,11 @@ def token_dataset(rows: int = 24, shortest: int = 3, longest: int = 17) -> Datas
 
 
 def leftovers(model: torch.nn.Module) -> list[str]:
-    """Everything on the model that a clean model does not have: hooks, and attributes with our name."""
+    """Everything of this library on the model: hooks, forwards, and attributes with its name."""
     found = []
     for path, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        found += [f"{path}: {hook}" for hook in hooks if "neftune" in f"{type(hook).__module__}{hook!r}"]
+        put_on = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), vars(module).get("forward")]
+        found += [f"{path}: {thing}" for thing in put_on if "neftune" in f"{type(thing).__module__}{thing!r}"]
         found += [f"{path}.{name}" for name in vars(module) if "neftune" in name]
     return found
 

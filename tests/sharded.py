@@ -25,7 +25,7 @@ def logits(model):
     with attach(model, neftune_noise_alpha=5) as handle:
         output = model(input_ids=ids, attention_mask=mask).logits
         output.square().mean().backward()
-        assert list(handle.draws.values()) == [1], handle.draws
+        assert list(handle.noised_forwards.values()) == [1], handle.noised_forwards
     assert leftovers(model) == []
     return output.detach()
 

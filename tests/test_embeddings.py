@@ -50,7 +50,7 @@ def test_prompt_tuning_noises_real_tokens_only():
     with attach(model, neftune_noise_alpha=5) as handle:
         embedding.register_forward_hook(lambda *call: outputs.append(call[2].detach().clone()))
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-        assert list(handle.draws.values()) == [1]
+        assert list(handle.noised_forwards.values()) == [1]
     noise = outputs[0] - clean
     assert torch.equal(noise[0, :2], torch.zeros(2, 32))
     assert noise[0, 2:].std().item() == pytest.approx(5 / (3 * 4 * 32) ** 0.5, rel=0.2)
@@ -107,9 +107,9 @@ def test_compiled_model_is_noised_and_not_compiled_anew_step_after_step():
     fields = {"neftune_noise_alpha": 5, "neftune_schedule": "linear"}
     first, handle = graphs([(2, 6)], **fields)
     assert [site.path for site in handle.sites] == ["model.embed_tokens"]
-    assert list(handle.draws.values()) == [1]
+    assert list(handle.noised_forwards.values()) == [1]
     again, handle = graphs([(2, 6)], between=True, steps=6, **fields)
-    assert list(handle.draws.values()) == [6]
+    assert list(handle.noised_forwards.values()) == [6]
     assert again == first
 
 
@@ -147,5 +147,5 @@ def test_noise_breaks_no_graph_and_adds_none(settings):
             ids = torch.randint(3, VOCAB, (batch, length))
             compiled(input_ids=ids, attention_mask=torch.ones_like(ids))
         assert not torch._dynamo.utils.counters["graph_break"]
-        assert set(handle.draws.values()) == ({len(shapes)} if noisy else set())
+        assert set(handle.noised_forwards.values()) == ({len(shapes)} if noisy else set())
     assert len(sizes[True]) == len(sizes[False])

@@ -1,4 +1,4 @@
-"""Each token's L for every layout, against a plain-Python reference."""
+"""Each token's sequence for every layout, against a plain-Python reference."""
 
 import warnings
 
@@ -7,7 +7,17 @@ import torch
 
 from neftune_hf import sequence_lengths
 from neftune_hf.errors import NEFTuneWarning
-from neftune_hf.lengths import lengths_of_call
+from neftune_hf.lengths import arguments_of_call, layout_of_call, sequence_layout
+
+from .helpers import CALLS, expected_layout
+
+
+def lengths_of_call(given, ids, **about_the_site):
+    """L for each id that is looked up, in the shape of the lookup."""
+    call = arguments_of_call(given, ids, **about_the_site)
+    lengths = layout_of_call(call).lengths
+    return (lengths.T if call.is_time_major else lengths).reshape(ids.shape)
+
 
 # (documents of each row as lists of real-token counts, with None for one padding token)
 LAYOUTS = {
@@ -131,6 +141,46 @@ def test_places_that_features_overwrite_do_not_count(given, replaced):
     looked_up = ids.masked_fill(ids == 9, 0) if replaced else ids
     found = lengths_of_call(given | {"input_ids": ids}, looked_up, placeholders=(8, 9))
     assert found.tolist() == [[0, 0, 3, 3, 3, 0]]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_layout_of_every_kind_of_call(name):
+    ids, given, sequences = CALLS[name]
+    expected = expected_layout(ids, sequences)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = layout_of_call(arguments_of_call(given, ids))
+    for part, reference in zip(found, expected, strict=True):
+        assert part.dtype == torch.int64
+        real = expected.lengths > 0
+        assert torch.equal(part[real], reference[real])
+        assert not part[~real].any()
+
+
+def test_an_empty_batch():
+    for shape in ((0, 5), (2, 0)):
+        assert sequence_layout(torch.zeros(shape, dtype=torch.int64)).lengths.shape == shape
+
+
+def test_a_second_lookup_of_another_width_has_its_own_padding():
+    """Chosen and rejected in one module: the mask is not theirs, so what pads them is the pad token."""
+    given = {"input_ids": torch.ones(2, 6), "attention_mask": torch.ones(2, 6)}
+    other = torch.tensor([[5, 6, 0, 0], [7, 8, 9, 0]])
+    assert lengths_of_call(given, other, pad_token_id=0).tolist() == [[2, 2, 0, 0], [3, 3, 3, 0]]
+    padding = torch.zeros(2, 3, dtype=torch.int64)  # as LED fills its window
+    assert not lengths_of_call(given, padding, pad_token_id=0).any()
+
+
+@pytest.mark.parametrize("labels", [[[5, -100, 6, 7, 1], [5, 6, 1, -100, -100]], [[5, 8, 6, 7, 1], [5, 6, 1, 0, 0]]])
+def test_a_decoder_without_a_mask_has_the_lengths_of_its_labels(labels):
+    """With the labels, or where the Trainer keeps them to itself (label smoothing), with what it shifted them to."""
+    labels = torch.tensor(labels)
+    inputs = torch.tensor([[0, 5, 8, 6, 7], [0, 5, 6, 1, 0]])
+    expected = [[5] * 5, [3, 3, 3, 0, 0]]
+    given = {"input_ids": inputs, "labels": labels.masked_fill(labels == 0, -100)}
+    assert lengths_of_call(given, inputs, is_decoder=True, pad_token_id=0).tolist() == expected
+    del given["labels"]
+    assert lengths_of_call(given, inputs, is_decoder=True, pad_token_id=0).tolist() == expected
 
 
 @pytest.mark.parametrize("given", [{}, {"attention_mask": {"full": 1}}, {"position_ids": torch.zeros(3, 2, 4)}])

@@ -7,10 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
 
 import neftune_hf
 from neftune_hf import NEFTuneCallback
+from neftune_hf.patch import PatchedCallback
 
 from .conftest import ROOT, leftovers, tiny_llama
 from .test_trainer import MixedTrainer, losses, make, train
@@ -29,22 +31,35 @@ def test_the_key_alone_is_ours_and_the_patch_can_be_taken_back(tmp_path, patched
     mixed, off = make(tmp_path, MixedTrainer, alpha=5), make(tmp_path)
     for trainer in (ours, reference, mixed, off):
         train(trainer)
-        kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-        assert kinds.count(NEFTuneCallback) == (trainer is not off)
     assert losses(ours) == losses(reference) == losses(mixed) != losses(off)
     patched()
     built_in = make(tmp_path, alpha=5)
     train(built_in)
     assert losses(built_in) != losses(ours)
-    assert not hasattr(Trainer.__init__, "__wrapped_by_neftune_hf__")
     patched()
 
 
-def test_a_patched_trainer_is_clean_after_a_fault(tmp_path, patched):
+def test_undo_removes_its_own_entry_and_nothing_else(patched):
+    class Later(TrainerCallback):
+        pass
+
+    before = [callback for callback in DEFAULT_CALLBACKS if callback is not PatchedCallback]
+    DEFAULT_CALLBACKS.append(Later)
+    patched()
+    assert [*before, Later] == DEFAULT_CALLBACKS
+    DEFAULT_CALLBACKS.remove(Later)
+
+
+def test_after_a_fault_the_next_run_is_right(tmp_path, patched):
     model = tiny_llama()
-    model.lm_head.weight.register_hook(lambda grad: 1 / 0)
+    fault = model.lm_head.weight.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(make(tmp_path, model=model, alpha=5))
+    fault.remove()
+    again, fresh = make(tmp_path, model=model, alpha=5), make(tmp_path, alpha=5)
+    train(again)
+    train(fresh)
+    assert losses(again) == losses(fresh)
     assert leftovers(model) == []
 
 
@@ -65,7 +80,7 @@ def test_trls_own_command(tmp_path, model_folder):
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "neftune_hf takes `neftune_noise_alpha` of this SFTTrainer" in result.stderr
+    assert "neftune_hf takes `neftune_noise_alpha` of this Trainer" in result.stderr
     assert "on model.embed_tokens (Embedding, d=32)" in result.stderr
 
 

@@ -128,9 +128,9 @@ def test_a_saved_adapter_loads_in_plain_peft(tmp_path):
 
 def step(model, handle, given):
     """How often each site is drawn in one training forward."""
-    before = handle.draws
+    before = handle.noised_forwards
     model.train()(**given)
-    return {path: count - before[path] for path, count in handle.draws.items()}
+    return {path: count - before[path] for path, count in handle.noised_forwards.items()}
 
 
 def test_adapters_added_switched_disabled_and_merged_while_attached():
@@ -177,7 +177,7 @@ def test_a_mixture_of_adapters_is_noised_where_it_learns(tmp_path):
         clean = nn.functional.embedding(given["input_ids"], site.module.weight)
         site.module.register_forward_hook(lambda module, args, output: passes.append(output.detach().clone()))
         model.train()(**given).logits.sum().backward()
-        assert handle.draws == {site.path: 1}
+        assert handle.noised_forwards == {site.path: 1}
     assert [torch.equal(output, clean) for output in passes] == [True, False]
 
 
@@ -235,7 +235,7 @@ def test_quantised_bases_and_gradient_checkpointing(bits, checkpointing, model_f
         given = batch(model)
         with attach(model, neftune_noise_alpha=5) as handle:
             model(**given, labels=given["input_ids"]).loss.backward()
-            assert list(handle.draws.values()) == [1]
+            assert list(handle.noised_forwards.values()) == [1]
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         assert gradients[-1]
         assert leftovers(model) == []

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import pickle
 import warnings
 
@@ -19,12 +18,13 @@ from neftune_hf import (
     NEFTuneSFTTrainer,
     NEFTuneTrainerMixin,
     add_noise,
-    sequence_lengths,
 )
 from neftune_hf.errors import NEFTuneWarning, NoNoiseError
+from neftune_hf.lengths import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import VOCAB, D, byte_tokenizer, leftovers, tiny_llama, token_dataset
+from .helpers import Probe
 
 COMMON = {
     "max_steps": 4,
@@ -74,19 +74,6 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-class Probe(TrainerCallback):
-    """Keeps the embedding's input and output of every forward call that has gradients, and of every other one."""
-
-    def __init__(self, model):
-        self.training, self.other = [], []
-        model.get_input_embeddings().register_forward_hook(self.keep)
-
-    def keep(self, module, args, output):
-        kept = self.training if module.training and torch.is_grad_enabled() else self.other
-        clean = torch.nn.functional.embedding(args[0], module.weight)
-        kept.append((args[0].clone(), output.detach(), clean.detach()))  # no copy: the noise is yet to be added to it
-
-
 @pytest.mark.parametrize("alpha", [None, 0])
 def test_off_is_bit_identical_dropout_included(tmp_path, alpha):
     without, off = make(tmp_path), make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=alpha)])
@@ -98,30 +85,17 @@ def test_off_is_bit_identical_dropout_included(tmp_path, alpha):
 
 
 def test_noise_of_a_run_can_be_computed_again(tmp_path):
-    """Every forward call of a run with gradient accumulation: e' is the reference at (seed, rank, step, call, site)."""
+    """Every forward call of a run with gradient accumulation, from its ids, the seed and the step."""
     model = tiny_llama()
     trainer = make(
         tmp_path, model=model, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)], gradient_accumulation_steps=2
     )
-    seen = []
-
-    def keep(module, args, output):
-        seen.append((args[0], output.detach().clone(), module.weight.detach().clone()))
-
-    class Late(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.hook = model.get_input_embeddings().register_forward_hook(keep)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.hook.remove()
-
-    trainer.add_callback(Late())
+    probe = Probe(model)
     train(trainer)
-    assert len(seen) == 8
-    for number, (ids, noisy, weight) in enumerate(seen):
-        lengths = sequence_lengths(ids.shape, attention_mask=(ids != 2).long())
-        key = noise_key(COMMON["seed"], rank=0, step=number // 2, site=0)
-        assert torch.equal(noisy, add_noise(weight[ids], lengths, 5, key, call=number % 2 + 1))
+    assert len(probe.training) == 8
+    for number, (ids, noised, clean) in enumerate(probe.training):
+        layout = sequence_layout(ids, attention_mask=(ids != 2).long())
+        assert torch.equal(noised, add_noise(clean, layout, 5, noise_key(COMMON["seed"], step=number // 2)))
 
 
 def test_alpha_zero_and_five_are_a_pair(tmp_path):
@@ -162,7 +136,8 @@ def test_evaluation_and_saving_are_clean(tmp_path, settings):
     assert len(seen) > 8
     assert not any(seen)
     assert len(probe.training) >= 4
-    assert all(torch.equal(noisy, clean) for _, noisy, clean in probe.other)
+    assert not any(torch.equal(noised, clean) for _, noised, clean in probe.training)
+    assert all(torch.equal(noised, clean) for _, noised, clean in probe.other)
     reference = make(tmp_path, model=model).predict(token_dataset(6)).metrics
     assert predicted["test_loss"] == reference["test_loss"]
     assert not any("neftune" in key for key in model.state_dict())
@@ -184,9 +159,7 @@ def test_the_built_in_gives_way_and_the_log_says_so(tmp_path, caplog):
         train(trainer)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("neftune_hf")]
     assert len(lines) == 1
-    assert "model.embed_tokens (Embedding, d=32) at " in lines[0]
-    rms = tiny_llama().get_input_embeddings().weight.square().mean().sqrt().item()
-    assert f"{20 * math.log10(5 / math.sqrt(3 * 512 * D) / rms):+.1f} dB of the embedding at 512 tokens" in lines[0]
+    assert "alpha 5 (constant), on model.embed_tokens (Embedding, d=32)" in lines[0]
     assert "takes the place of transformers' built-in" in lines[0]
     train(reference)
     assert built_in == [[]] * 4
@@ -281,7 +254,7 @@ def test_wrapped_packing_is_said_to_have_no_bounds(tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", NEFTuneWarning)
             data = {"train_dataset": token_dataset(), "processing_class": byte_tokenizer()}
-            NEFTuneSFTTrainer(tiny_llama(), config, neftune_noise_alpha=5, **data)
+            NEFTuneSFTTrainer(tiny_llama(), config, neftune_noise_alpha=5, **data).train()
         said = [w for w in caught if issubclass(w.category, NEFTuneWarning) and "row's width" in str(w.message)]
         assert len(said) == (strategy == "wrapped")
 

@@ -6,12 +6,10 @@ import math
 
 import pytest
 import torch
-from benchmark import Model, Ready  # an output that is there already: what is made besides is the hook's
 from torch import nn
 
 from neftune_hf import NEFTuneError, attach
 from neftune_hf.errors import EmbeddingNotFoundError
-from neftune_hf.hook import expected_noise_to_embedding_db
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
 
@@ -80,21 +78,19 @@ def test_width_is_the_built_ins_scale():
     assert (noise[0, 8:] != 0).any()
 
 
-def test_calls_steps_and_ranks_differ_and_steps_repeat():
-    model, ids = tiny_llama().train(), torch.tensor([[3, 4, 5]])
-    mask = torch.ones_like(ids)
+def test_steps_seeds_and_sequences_differ_and_steps_repeat():
+    model, ids = tiny_llama().train(), torch.tensor([[3, 4, 5], [3, 4, 6]])
 
-    def draws(rank=0, seed=0):
-        with attach(model, neftune_noise_alpha=5, neftune_seed=seed, rank=rank) as handle:
-            for step in (7, 8):
+    def noised(seed=0):
+        with attach(model, neftune_noise_alpha=5, neftune_seed=seed) as handle:
+            for step in (7, 8, 2**40):
                 handle.set_step(step)
-                yield embed(model, input_ids=ids, attention_mask=mask)
-                yield embed(model, input_ids=ids, attention_mask=mask)
+                yield from embed(model, input_ids=ids, attention_mask=torch.ones_like(ids))
 
-    first = list(draws())
-    everything = [*first, *draws(rank=1), *draws(seed=1)]
-    assert len({tuple(e.flatten().tolist()) for e in everything}) == 12
-    assert all(torch.equal(a, b) for a, b in zip(first, draws(), strict=True))
+    first = list(noised())
+    everything = [*first, *noised(seed=1), *noised(seed=2**64 - 1)]
+    assert len({tuple(e[:2].flatten().tolist()) for e in everything}) == 18  # also on the prefix that two share
+    assert all(torch.equal(a, b) for a, b in zip(first, noised(), strict=True))
 
 
 def test_only_in_training_mode_with_gradients():
@@ -108,9 +104,9 @@ def test_only_in_training_mode_with_gradients():
         with torch.no_grad():
             assert torch.equal(model(**given).logits, clean)
             assert torch.equal(model.generate(**given, max_new_tokens=3, do_sample=False)[:, :3], ids)
-        assert handle.draws == {"model.embed_tokens": 0}
+        assert handle.noised_forwards == {"model.embed_tokens": 0}
         assert not torch.equal(model(**given).logits, clean)
-        assert handle.draws == {"model.embed_tokens": 1}
+        assert handle.noised_forwards == {"model.embed_tokens": 1}
     assert torch.equal(model(**given).logits, clean)
     assert leftovers(model) == []
 
@@ -164,7 +160,7 @@ def test_copies_and_pickles_are_clean():
             assert torch.equal(twin(**given).logits, clean)
             with attach(twin, neftune_noise_alpha=5) as handle:
                 assert not torch.equal(twin(**given).logits, clean)
-                assert handle.draws == {"model.embed_tokens": 1}
+                assert handle.noised_forwards == {"model.embed_tokens": 1}
         assert not torch.equal(model(**given).logits, clean)
 
 
@@ -205,7 +201,7 @@ def test_an_interrupted_forward_leaves_no_stale_lengths():
         stop.remove()
         noise = embed(model, input_ids=ids, attention_mask=torch.ones_like(ids)) - model.model.embed_tokens.weight[ids]
         assert noise.flatten(1).norm(dim=1).mean().item() == pytest.approx(ALPHA / math.sqrt(3), rel=0.1)
-        assert handle.draws == {"model.embed_tokens": 2}
+        assert handle.noised_forwards == {"model.embed_tokens": 2}
 
 
 class NoEmbedding(nn.Module):
@@ -230,27 +226,15 @@ def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
         noise = embed(model, input_ids=ids, attention_mask=mask) - clean
         ratio = noise.square().sum() / clean[mask.bool()].square().sum()
         assert handle.noise_to_embedding_db == pytest.approx(10 * math.log10(ratio), abs=0.5)
-        expected = expected_noise_to_embedding_db(handle.sites[0], handle.config, length=35)
-        assert expected == pytest.approx(10 * math.log10(ratio), abs=0.5)
         handle.reset_power()
         assert handle.noise_to_embedding_db is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_hook_makes_no_tensor_of_the_batchs_size(batch_size, dtype):
-    model, length = Model(Ready(8, 1024, device="meta")).train(), 2048 // batch_size
-    model.embedding.output = torch.zeros(batch_size, length, 1024, dtype=dtype)
-    ids = torch.ones(batch_size, length, dtype=torch.long)
-    with attach(model, neftune_noise_alpha=5), torch.profiler.profile(profile_memory=True) as profile:
-        output = model(ids, (torch.arange(length) < length - 3).expand_as(ids))
-    assert output[:, : length - 3].all()
-    assert max(event.self_cpu_memory_usage for event in profile.events()) < 2**20 < output.nbytes
-
-
-def test_schedule_needs_the_number_of_steps():
+def test_schedule_needs_the_number_of_steps_once():
     with attach(tiny_llama(), neftune_noise_alpha=8, neftune_schedule="linear") as handle:
-        handle.set_step(25, 100)
-        assert handle.alpha == 6
         with pytest.raises(NEFTuneError, match="`max_steps` is missing"):
             handle.set_step(1)
+        handle.set_step(25, 100)
+        assert handle.alpha == 6
+        handle.set_step(50)
+        assert handle.alpha == 4

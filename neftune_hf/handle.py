@@ -1,0 +1,225 @@
+"""NEFTune on one model: on and off, step by step."""
+
+import itertools
+import math
+import weakref
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .config import NEFTuneConfig
+from .embeddings import find_input_embeddings, parents, unwrap
+from .errors import NEFTuneError, NoNoiseError
+from .hooks import ModelState, NoiseHook, RecordedForward, refuse_other_neftune, remove_copied_hooks
+from .noise import noise_key, scheduled_alpha
+
+_attached: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()
+
+
+def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields) -> "NEFTuneHandle":
+    """Put NEFTune's noise on `model`'s token embeddings until the returned handle is removed.
+
+    While attached, an embedding in training mode with gradients enabled returns e + alpha / sqrt(L * d) * u; in
+    evaluation mode or under `torch.no_grad()` it returns e. Copies and pickles of the model are clean. The step, on
+    which the noise depends, advances whenever a torch optimizer that holds parameters of `model` has stepped.
+
+    Args:
+        model (`torch.nn.Module`): As for [`find_input_embeddings`].
+        config ([`NEFTuneConfig`], *optional*): The settings; `fields` override it.
+        **fields: The settings by name, such as `neftune_noise_alpha=5`. Without a `neftune_seed`, handles that are
+            attached at the same time have seeds 0, 1, and so on.
+
+    Returns:
+        [`NEFTuneHandle`]: `remove()` takes the noise off; it is also a context manager.
+
+    Raises:
+        NEFTuneConfigError: A setting is out of range.
+        EmbeddingNotFoundError: The model has no token embeddings.
+        NEFTuneError: One of its embeddings is noised already.
+
+    Example:
+
+    ```python
+    >>> import torch, neftune_hf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> model, ids = LlamaForCausalLM(config).train(), torch.tensor([[1, 2, 3]])
+    >>> clean = model(ids, attention_mask=torch.ones_like(ids)).logits
+    >>> with neftune_hf.attach(model, neftune_noise_alpha=5):
+    ...     noised = model(ids, attention_mask=torch.ones_like(ids)).logits
+    >>> torch.equal(clean, noised)
+    False
+    ```
+    """
+    if isinstance(config, (int, float)):
+        raise NEFTuneError(f"`config` is {config!r}. Write `attach(model, neftune_noise_alpha={config!r})`.")
+    config = NEFTuneConfig(**fields) if config is None else replace(config, **fields)
+    if config.neftune_seed is None:
+        config = replace(config, neftune_seed=len(_attached))
+    handle = NEFTuneHandle(model, config)
+    handle.attach()
+    return handle
+
+
+class NEFTuneHandle:
+    """NEFTune on one model. Made by [`attach`].
+
+    Attributes:
+        config ([`NEFTuneConfig`]): The settings.
+        sites (`list[EmbeddingSite]`): The embeddings that get noise; empty when alpha is None or 0.
+        step (`int`): The optimisation step, from 0.
+    """
+
+    def __init__(self, model: nn.Module, config: NEFTuneConfig, follows_optimizer: bool = True):
+        self.config = config
+        self.sites = find_input_embeddings(model) if config.enabled else []
+        self._follows_optimizer = follows_optimizer
+        self._root = unwrap(model)
+        self._state = ModelState(self.sites)
+        around = [parents(self._root, site) for site in self.sites]
+        numbers = {module: number for number, module in enumerate(dict.fromkeys(itertools.chain(*around)))}
+        # Made once: torch.compile knows them by identity.
+        self._forwards = [RecordedForward(module, number, self._state) for module, number in numbers.items()]
+        self._hooks = [
+            NoiseHook(self, self._state, index, [numbers[module] for module in modules])
+            for index, modules in enumerate(around)
+        ]
+        self._removables: list = []
+        self.set_step(0)
+
+    def set_step(self, step: int, max_steps: int | None = None) -> None:
+        """Say which optimisation step comes next, from 0: the noise and the schedule depend on it.
+
+        Optional in a custom loop: the step advances with the optimizer. Call it when a run is resumed, when
+        `neftune_schedule` is not constant, and when the optimizer is not torch's.
+
+        Args:
+            step (`int`): 64 bits.
+            max_steps (`int`, *optional*): Number of steps of the run; the last one given is kept.
+
+        Raises:
+            NEFTuneError: `neftune_schedule` is not constant and `max_steps` was never given.
+        """
+        self._max_steps = max_steps or getattr(self, "_max_steps", None)
+        if self.sites and self._max_steps is None and self.config.neftune_schedule != "constant" and step > 0:
+            raise NEFTuneError(
+                f"`max_steps` is missing: `neftune_schedule={self.config.neftune_schedule!r}` needs the number of "
+                "optimisation steps. Call `handle.set_step(step, max_steps)`."
+            )
+        self.step = int(step)
+        alpha = self.config.neftune_noise_alpha or 0.0
+        self.alpha = scheduled_alpha(alpha, self.config.neftune_schedule, self.step, self._max_steps or 1)
+        self._state.ran = False
+        for index, embedding in enumerate(self._state.embeddings):
+            embedding.begin_step(self.alpha, noise_key(self.config.neftune_seed or 0, self.step, index))
+
+    @property
+    def noised_forwards(self) -> dict[str, int]:
+        """How many forward passes of each embedding have been noised, by its path."""
+        return {embedding.site.path: embedding.total for embedding in self._state.embeddings}
+
+    @property
+    def noise_to_embedding_db(self) -> float | None:
+        """10 * log10 of the noise's power over the embeddings'.
+
+        Over 32 evenly spread tokens of each batch since the last reset, without padding; None if there were none.
+        """
+        powers = [embedding.power.tolist() for embedding in self._state.embeddings]
+        noise, embedding = (sum(part) for part in zip(*powers, strict=True)) if powers else (0.0, 0.0)
+        return 10 * math.log10(noise / embedding) if noise and embedding else None
+
+    def reset_power(self) -> None:
+        """Begin `noise_to_embedding_db` anew."""
+        for embedding in self._state.embeddings:
+            embedding.power.zero_()
+
+    def check_noised(self) -> None:
+        """Raise unless this step's forward passes were noised.
+
+        An embedding that ran in eval mode or without gradients, such as a teacher's, need not be, if another one was.
+
+        Raises:
+            NoNoiseError: No embedding was noised, or one did not run at all.
+        """
+        states = self._state.embeddings
+        noised = [embedding.is_noised for embedding in states]
+        silent = [
+            str(embedding.site)
+            for embedding, is_noised in zip(states, noised, strict=True)
+            if not is_noised and not (embedding.ran_clean and any(noised))
+        ]
+        if silent:
+            raise NoNoiseError(
+                f"NEFTune hooked {', '.join(map(str, self.sites))}, and a training step ended without noise on "
+                f"{', '.join(silent)}. Either the model was given `inputs_embeds` instead of token ids, or the "
+                "embedding is in eval mode, or the model embeds its tokens with another module. Pass token ids, or set "
+                "`neftune_noise_alpha=None`."
+            )
+
+    def attach(self) -> None:
+        """Put the hooks on. Nothing happens when they are on already.
+
+        Raises:
+            NEFTuneError: One of the embeddings is noised already.
+        """
+        if self._removables:
+            return
+        for site in self.sites:
+            if (other := attached_handle(site.module)) is not None:
+                raise NEFTuneError(
+                    f"`model` has NEFTune on {site} already (alpha {other.alpha:g}), and a second handle would add "
+                    "noise twice. Call `remove()` on the first, or leave its `with` block."
+                )
+            refuse_other_neftune(site.module)
+        for forward in self._forwards:
+            forward.put_on()
+        for site, hook in zip(self.sites, self._hooks, strict=True):
+            remove_copied_hooks(site.module)
+            self._removables.append(site.module.register_forward_hook(hook, with_kwargs=True))
+        if self.sites and self._follows_optimizer:
+            self._removables.append(_follow_optimizer(self))
+        if self.sites:
+            _attached.add(self)
+
+    def remove(self) -> None:
+        """Take the hooks off. It may be called any number of times, in any order, whatever became of the model."""
+        for removable in self._removables:
+            removable.remove()
+        self._removables.clear()
+        for forward in reversed(self._forwards):
+            forward.take_off()
+        self._state.running.clear()
+        _attached.discard(self)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._state.ran:  # another optimizer has ended this step
+            return
+        own = set(self._root.parameters())
+        if any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
+            self.check_noised()
+            self.set_step(self.step + 1)
+
+    def __enter__(self) -> "NEFTuneHandle":
+        self.attach()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.remove()
+
+
+def attached_handle(model: nn.Module) -> NEFTuneHandle | None:
+    """The handle that is on an embedding in `model`, or None."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return next((hook.handle for hook in hooks if isinstance(hook, NoiseHook)), None)
+
+
+def _follow_optimizer(handle: NEFTuneHandle):
+    reference = weakref.ref(handle)  # torch keeps the hook for ever, and must not keep the model
+
+    def after_step(optimizer, args, kwargs):
+        if (handle := reference()) is not None:
+            handle._after_optimizer_step(optimizer)
+
+    return register_optimizer_step_post_hook(after_step)

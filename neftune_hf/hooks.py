@@ -1,0 +1,276 @@
+"""What is put on a model: a wrapper of the forwards that call an embedding, and a forward hook on the embedding."""
+
+import contextlib
+import copy
+import functools
+import sys
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .embeddings import EmbeddingSite, forward_names
+from .errors import NEFTuneError
+from .kernels import add_noise_to_call
+from .lengths import LAYOUT_ARGUMENTS, CallArguments, arguments_of_call
+
+if TYPE_CHECKING:
+    from .handle import NEFTuneHandle
+
+_RECORDED = (*LAYOUT_ARGUMENTS, "input_ids", "labels", "decoder_attention_mask", "decoder_input_ids")
+
+
+class EmbeddingState:
+    """What one embedding's noise depends on, and what has become of it.
+
+    Tensors are updated in place: a compiled graph takes them as inputs and need not be compiled anew.
+
+    Attributes:
+        alpha, key: 0-d float32 and int64, for the present step.
+        power: (2,) float32, the summed powers of noise and embeddings over a sample of tokens, since the last reset.
+        noised: Forward passes in this step that were noised, by eager code and without recomputations.
+        noised_compiled: 0-d int64. The same by compiled code, which cannot count in Python without compiling anew.
+        ran_clean: Whether a pass in this step was not to be noised: in eval mode, or without gradients.
+        calls: Arguments of this step's noised passes by their ids, for a checkpoint that recomputes the embedding
+            alone. Weak: they live as long as the ids.
+        shapes: Shapes of the ids of this step's noised passes.
+    """
+
+    def __init__(self, site: EmbeddingSite):
+        self.site = site
+        self.alpha = torch.zeros(())
+        self.key = torch.zeros((), dtype=torch.int64)
+        self.power = torch.zeros(2)
+        self.noised_compiled = torch.zeros((), dtype=torch.int64)
+        self.noised = 0
+        self._earlier, self._earlier_compiled = 0, torch.zeros((), dtype=torch.int64)
+        self.ran_clean = False
+        self.calls = WeakIdKeyDictionary()
+        self.shapes: set[torch.Size] = set()
+
+    def begin_step(self, alpha: float, key: int) -> None:
+        self.alpha.fill_(alpha)
+        self.key.fill_(key)
+        self._earlier += self.noised
+        self._earlier_compiled.add_(self.noised_compiled)
+        self.noised = 0
+        self.noised_compiled.zero_()
+        self.ran_clean = False
+        self.calls.clear()
+        self.shapes.clear()
+
+    def to(self, device: torch.device) -> None:
+        """Move the tensors, so that no forward pass has to wait for a copy."""
+        if self.key.device != device:
+            for name in ("alpha", "key", "power", "noised_compiled", "_earlier_compiled"):
+                setattr(self, name, getattr(self, name).to(device))
+
+    @property
+    def total(self) -> int:
+        """Noised forward passes so far."""
+        return self._earlier + self.noised + int((self._earlier_compiled + self.noised_compiled).item())
+
+    @property
+    def is_noised(self) -> bool:
+        """Whether a pass in this step was noised. It only synchronises where compiled code may have done it."""
+        return self.noised > 0 or bool(self.noised_compiled.item())
+
+
+class ModelState:
+    """What the hooks of one handle share.
+
+    Attributes:
+        running: The layout arguments of each parent module's running forward, by its number.
+        outer: Numbers of the parents that are whole encoder-decoders: their `attention_mask` is the encoder's.
+        ran: Whether a parent ran in training mode, with gradients, since the step began.
+        embeddings: One state for each embedding.
+    """
+
+    def __init__(self, sites: list[EmbeddingSite]):
+        self.running: dict[int, dict[str, Any]] = {}
+        self.outer: set[int] = set()
+        self.ran = False
+        self.embeddings = [EmbeddingState(site) for site in sites]
+
+
+class RecordedForward:
+    """A parent's forward that keeps its layout arguments while it runs.
+
+    It replaces the attribute `forward` instead of being a pair of hooks: so it also sees a forward that is called past
+    `__call__`, forgets the arguments of one that is interrupted, and is noticed by torch.compile, which has guards on
+    a module's attributes and none on its hooks.
+    """
+
+    def __init__(self, module: nn.Module, number: int, state: ModelState):
+        self.module, self.number, self.state = module, number, state
+        self.names = forward_names(module)
+        if "decoder_input_ids" in self.names:
+            state.outer.add(number)
+        self.replaced = module.__dict__.get("forward")
+        functools.update_wrapper(self, module.forward)  # transformers and accelerate read its signature
+
+    def put_on(self) -> None:
+        self.module.forward = self
+
+    def take_off(self) -> None:
+        """Restore what was there. Something that has wrapped this wrapper since keeps it, and it records in vain."""
+        if self.module.__dict__.get("forward") is not self:
+            return
+        if self.replaced is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.replaced
+
+    def __call__(self, *args, **kwargs):
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        self.state.running[self.number] = {name: given[name] for name in _RECORDED if given.get(name) is not None}
+        if self.module.training and torch.is_grad_enabled():
+            self.state.ran = True
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
+            self.state.running.pop(self.number, None)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.replaced or types.MethodType(type(self.module).forward, self.module), memo)
+
+    def __reduce__(self):
+        # A copy of the module has its own forward as an attribute, and needs nothing of this library.
+        if self.replaced is not None:
+            return copy.copy, (self.replaced,)
+        return getattr, (self.module, "forward")  # called before the copy has attributes: it is its class's
+
+
+class NoiseHook:
+    """On an embedding's output: the noise, if the embedding trains and gradients are enabled."""
+
+    def __init__(self, handle: "NEFTuneHandle", state: ModelState, index: int, parents: list[int]):
+        self.handle, self.state, self.parents = handle, state, parents
+        self.embedding = state.embeddings[index]
+        self.noise_type = handle.config.neftune_noise_type
+        self.by_width = handle.config.neftune_length == "width"
+
+    def __deepcopy__(self, memo):
+        return _nothing
+
+    def __reduce__(self):
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def __call__(self, module, args, kwargs, output):
+        embedding, ids = self.embedding, args[0] if args else next(iter(kwargs.values()))
+        compiling = torch.compiler.is_compiling()
+        if not (module.training and torch.is_grad_enabled()):
+            if not compiling:
+                embedding.ran_clean = True
+                self.refuse_reentrant_checkpoint(module)
+            return None
+        if ids.numel() == 0 or self.is_no_token_of_the_batch(ids):
+            return None
+        if output.shape != (*ids.shape, embedding.site.embedding_dim):
+            raise NEFTuneError(
+                f"{embedding.site} gave an output of shape {tuple(output.shape)} for ids of shape {tuple(ids.shape)}: "
+                "it is sharded in a way that NEFTune does not know. Shard the model so that each process has whole "
+                "embeddings, or set `neftune_noise_alpha=None`."
+            )
+        with torch.no_grad():
+            if compiling:
+                call = self.arguments(ids)
+                embedding.noised_compiled.add_(1)
+            elif torch._C._current_graph_task_id() == -1:
+                call = self.arguments_of_first_pass(module, ids, output.device)
+            else:
+                call = self.arguments_of_recomputation(ids)
+        alpha, key, power = (
+            tensor if tensor.device == output.device else tensor.to(output.device)
+            for tensor in (embedding.alpha, embedding.key, embedding.power)
+        )
+        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width)
+
+    def arguments(self, ids: torch.Tensor) -> CallArguments:
+        site = self.embedding.site
+        return arguments_of_call(self.given(), ids, site.placeholders, site.pad_token_id, site.is_decoder)
+
+    def arguments_of_first_pass(self, module: nn.Module, ids: torch.Tensor, device: torch.device) -> CallArguments:
+        embedding = self.embedding
+        if not embedding.shapes:  # once a step
+            refuse_other_neftune(module)
+            embedding.to(device)
+        embedding.noised += 1
+        embedding.shapes.add(ids.shape)
+        embedding.calls[ids] = call = self.arguments(ids)
+        return call
+
+    def arguments_of_recomputation(self, ids: torch.Tensor) -> CallArguments:
+        """Inside backward: a checkpoint repeats a pass, and has to get the noise that the first pass had."""
+        embedding = self.embedding
+        if ids.shape in embedding.shapes:
+            if ids in embedding.calls:
+                return embedding.calls[ids]
+            if any(number in self.state.running for number in self.parents) or not self.parents:
+                return self.arguments(ids)
+        raise NEFTuneError(
+            f"A backward pass runs {embedding.site} again, and its noise in the first pass is not known: either that "
+            "pass had no gradients, as in a reentrant checkpoint (pass `use_reentrant=False`) or in a loss that caches "
+            "embeddings (use the loss that does not), or the optimizer stepped between the two (call `backward()` "
+            "before `step()`)."
+        )
+
+    def given(self) -> dict[str, Any]:
+        """The layout arguments of the module that calls the embedding; of one further out where it has none."""
+        running = [(number, self.state.running[number]) for number in self.parents if number in self.state.running]
+        if not self.embedding.site.is_decoder:
+            told = [given for _, given in running]
+            return next(
+                (given for given in told if any(name in given for name in LAYOUT_ARGUMENTS)), told[0] if told else {}
+            )
+        merged: dict[str, Any] = {}
+        for number, given in reversed(running):
+            if number in self.state.outer:
+                decoders = {name.removeprefix("decoder_"): given[name] for name in given if name.startswith("decoder_")}
+                given = decoders | {name: given[name] for name in ("labels",) if name in given}
+            merged |= given
+        return merged
+
+    def is_no_token_of_the_batch(self, ids: torch.Tensor) -> bool:
+        """Whether this is a single id that a multimodal model looks up, such as the one of a line break in an image."""
+        input_ids = self.given().get("input_ids")
+        return ids.dim() == 0 or (ids.dim() == 1 and input_ids is not None and input_ids.numel() != ids.numel())
+
+    def refuse_reentrant_checkpoint(self, module: nn.Module) -> None:
+        """A reentrant checkpoint runs its first pass without gradients: clean now, it would be noised in backward."""
+        frame = sys._getframe(2) if module.training else None
+        while frame is not None:
+            if frame.f_code is CheckpointFunction.forward.__code__:
+                raise NEFTuneError(
+                    f"{self.embedding.site} is inside a reentrant checkpoint, whose first pass has no gradients and so "
+                    "no noise. Pass `use_reentrant=False` to `torch.utils.checkpoint.checkpoint`."
+                )
+            frame = frame.f_back
+
+
+_nothing: Callable[..., None] = contextlib.nullcontext().__exit__  # what a hook is in a copy of the module
+
+
+def remove_copied_hooks(module: nn.Module) -> None:
+    """Take off what copying a hooked module has left on the copy, so that copies of copies do not gather it."""
+    for number, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__:
+            del module._forward_hooks[number]
+            module._forward_hooks_with_kwargs.pop(number, None)
+
+
+def refuse_other_neftune(module: nn.Module) -> None:
+    """Refuse an embedding that something else noises too: transformers' built-in, another library's."""
+    for inner in module.modules():
+        for hook in inner._forward_hooks.values():
+            name = getattr(hook, "__qualname__", type(hook).__qualname__)
+            if "neftune" in name.lower():
+                raise NEFTuneError(
+                    f"`{name}` of {getattr(hook, '__module__', type(hook).__module__)} adds NEFTune noise to the same "
+                    f"{type(inner).__name__}, and the noise would be doubled. Set `neftune_noise_alpha` in one place "
+                    "only, or give the trainer a `NEFTuneCallback`, which takes the place of transformers' built-in."
+                )

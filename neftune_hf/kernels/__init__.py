@@ -1,0 +1,103 @@
+"""`noise.add_noise` on the output of an embedding, by the fastest way that its device has, with an identity gradient."""
+
+from importlib.util import find_spec
+
+import torch
+
+from ..lengths import CallArguments, layout_of_call
+from ..noise import MEASURED_TOKENS, add_noise
+from . import cpu
+
+
+def add_noise_to_call(
+    embeddings: torch.Tensor,
+    call: CallArguments,
+    neftune_noise_alpha: torch.Tensor,
+    key: torch.Tensor,
+    neftune_noise_type: str,
+    power: torch.Tensor,
+    by_width: bool = False,
+) -> torch.Tensor:
+    """e' = e + alpha / sqrt(L * d) * u, for the ids that a forward call looked up.
+
+    Args:
+        embeddings (`torch.Tensor`): The embedding module's output for `call.input_ids`; it is not written to.
+        neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`.
+        power (`torch.Tensor`): (2,) float32. The summed powers of noise and embeddings, over a sample of the real
+            tokens, are added to it.
+        by_width (`bool`): Take each row, with its padding, for one sequence.
+
+    Returns:
+        `torch.Tensor`: e', a new tensor, whose gradient with respect to `embeddings` is the identity.
+    """
+    if by_width:
+        call = CallArguments(call.input_ids, is_time_major=call.is_time_major)
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
+        return _plain(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power)
+    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power)
+
+
+class _AddNoise(torch.autograd.Function):
+    """The noise is a constant of the graph: nothing is kept for backward but the key.
+
+    The key is saved so that a checkpoint, which compares what is saved in its two passes, notices a noise that is in
+    one of them only.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, call, alpha, key, noise_type, power):
+        ctx.save_for_backward(key)
+        return _path(embeddings, call, noise_type)(embeddings, call, alpha, key, noise_type, power)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *constants):
+        return tangent
+
+
+def _path(embeddings: torch.Tensor, call: CallArguments, noise_type: str):
+    if type(embeddings) is not torch.Tensor and type(embeddings) is not torch.nn.Parameter:
+        return _plain
+    if embeddings.device.type == "cpu":
+        return _in_blocks
+    if embeddings.device.type == "cuda" and find_spec("triton"):
+        from . import triton
+
+        if triton.can_add(embeddings, call, noise_type):
+            return triton.add_noise_to_call
+    return _plain
+
+
+def _plain(embeddings, call, alpha, key, noise_type, power) -> torch.Tensor:
+    return _with_layout(add_noise, embeddings, call, alpha, key, noise_type, power)
+
+
+def _in_blocks(embeddings, call, alpha, key, noise_type, power) -> torch.Tensor:
+    return _with_layout(cpu.add_noise, embeddings, call, alpha, key, noise_type, power)
+
+
+def _with_layout(add, embeddings, call, alpha, key, noise_type, power) -> torch.Tensor:
+    layout = layout_of_call(call)
+    if call.is_time_major:
+        layout = type(layout)(*(tensor.T for tensor in layout))
+    layout = type(layout)(*(tensor.reshape(embeddings.shape[:-1]) for tensor in layout))
+    if embeddings.numel() and (
+        torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(embeddings)
+    ):
+        _measure(embeddings, layout.lengths, alpha, power)
+    return add(embeddings, layout, alpha, key, noise_type)
+
+
+@torch.no_grad()
+def _measure(embeddings: torch.Tensor, lengths: torch.Tensor, alpha: torch.Tensor, power: torch.Tensor) -> None:
+    """Add a sample's powers: of the noise alpha^2 / (3 L) for each token, of the embeddings their squared norm."""
+    chosen = torch.arange(MEASURED_TOKENS, device=lengths.device) * lengths.numel() // MEASURED_TOKENS
+    lengths = lengths.reshape(-1)[chosen]
+    sample = embeddings.detach().reshape(-1, embeddings.shape[-1])[chosen]
+    real = lengths > 0
+    noise = (real / lengths.clamp(min=1)).sum() * alpha.square() / 3
+    norms = torch.linalg.vector_norm(sample, dim=-1, dtype=torch.promote_types(sample.dtype, torch.float32))
+    power.add_(torch.stack([noise, (norms.square() * real).sum().float()]))

@@ -1,0 +1,153 @@
+"""Tables and probes that several test files share."""
+
+import itertools
+
+import torch
+
+from neftune_hf.noise import SequenceLayout, token_hash
+
+
+class Probe:
+    """Keeps ids, input of the layers, and clean embeddings of each forward pass of a Llama, in order.
+
+    The layers' input is read where the rotary embedding is handed it: after all hooks on the token embedding, and
+    outside of what gradient checkpointing recomputes.
+
+    Attributes:
+        training, other: Passes in training mode with gradients, and all others.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.training: list[tuple[torch.Tensor, ...]] = []
+        self.other: list[tuple[torch.Tensor, ...]] = []
+        self.embedding = model.get_input_embeddings()
+        self.embedding.register_forward_pre_hook(self.keep_ids)
+        rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+        rotary.register_forward_pre_hook(self.keep_embeddings)
+
+    def keep_ids(self, module, args):
+        self.ids = args[0].clone()
+
+    def keep_embeddings(self, module, args):
+        kept = self.training if self.embedding.training and torch.is_grad_enabled() else self.other
+        with torch.no_grad():
+            clean = torch.nn.functional.embedding(self.ids, self.embedding.weight)
+        kept.append((self.ids, args[0].detach().clone(), clean))
+
+
+def _ids(*shape):
+    return torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _square(*documents, window=None, causal=True, rows=1):
+    """A 4-dimensional mask over documents of these lengths; a negative length is padding."""
+    names = torch.tensor([[n if length > 0 else -1] * 1 for n, length in enumerate(documents)]).flatten()
+    names = names.repeat_interleave(torch.tensor([abs(length) for length in documents]))
+    kept = (names[:, None] == names[None, :]) & (names >= 0)
+    place = torch.arange(len(names))
+    if causal:
+        kept &= place[:, None] >= place[None, :]
+    if window:
+        kept &= (place[:, None] - place[None, :]).abs() < window
+    return kept.expand(rows, 1, *kept.shape)
+
+
+def _additive(kept):
+    return torch.zeros(kept.shape).masked_fill(~kept, torch.finfo(torch.float32).min)
+
+
+def _runs(row, *lengths, start=0):
+    ends = itertools.accumulate(lengths, initial=start)
+    return [(row, range(a, b)) for a, b in itertools.pairwise(ends)]
+
+
+# What a module is called with, and the sequences in it: (row, columns of its real tokens).
+CALLS = {
+    "unpadded": (_ids(2, 5), {"attention_mask": torch.ones(2, 5)}, _runs(0, 5) + _runs(1, 5)),
+    "right padding": (
+        _ids(2, 6),
+        {"attention_mask": torch.tensor([[1] * 4 + [0] * 2, [1] * 6])},
+        _runs(0, 4) + _runs(1, 6),
+    ),
+    "left padding": (
+        _ids(2, 6),
+        {"attention_mask": torch.tensor([[0] * 4 + [1] * 2, [1] * 6])},
+        _runs(0, 2, start=4) + _runs(1, 6),
+    ),
+    "left padding, cumulative positions": (
+        _ids(1, 6),
+        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]), "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]])},
+        _runs(0, 4, start=2),
+    ),
+    "a row of padding": (_ids(2, 3), {"attention_mask": torch.tensor([[0] * 3, [1] * 3])}, _runs(1, 3)),
+    "a hole": (_ids(1, 6), {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 0]])}, [(0, [0, 1, 3, 4])]),
+    "a hole, cumulative positions": (
+        _ids(1, 6),
+        {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 0]]), "position_ids": torch.tensor([[0, 1, 1, 2, 3, 3]])},
+        [(0, [0, 1, 3, 4])],
+    ),
+    "a boolean mask": (_ids(1, 4), {"attention_mask": torch.tensor([[True, True, True, False]])}, _runs(0, 3)),
+    "a mask wider than the ids": (_ids(1, 3), {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, _runs(0, 2)),
+    "a mask narrower than the ids": (_ids(1, 5), {"attention_mask": torch.tensor([[1, 1, 0]])}, _runs(0, 2)),
+    "a mask that numbers documents": (
+        _ids(2, 6),
+        {"attention_mask": torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]])},
+        _runs(0, 2, 3) + _runs(1, 1, 1, 2),
+    ),
+    "packed": (_ids(1, 9), {"position_ids": torch.tensor([[*range(4), *range(4), 0]])}, _runs(0, 4, 4, 1)),
+    "packed, one row of positions": (_ids(2, 5), {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, [
+        *_runs(0, 3, 2), *_runs(1, 3, 2)
+    ]),
+    "packed and padded": (
+        _ids(2, 6),
+        {
+            "attention_mask": torch.tensor([[1] * 5 + [0], [1] * 6]),
+            "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]),
+        },
+        _runs(0, 2, 3) + _runs(1, 6),
+    ),
+    "positions that jump in a sequence": (_ids(1, 5), {"position_ids": torch.tensor([[0, 1, 9, 10, 40]])}, _runs(0, 5)),
+    "padding-free": (_ids(1, 9), {"cu_seq_lens_q": torch.tensor([0, 3, 9], dtype=torch.int32)}, _runs(0, 3, 6)),
+    "padding-free with positions": (
+        _ids(1, 5),
+        {"cu_seq_lens_q": torch.tensor([0, 3, 5]), "position_ids": torch.tensor([[0, 1, 2, 3, 4]])},
+        _runs(0, 3, 2),
+    ),
+    "cumulative lengths padded to a fixed number": (
+        _ids(1, 4),
+        {"cu_seq_lens_q": torch.tensor([0, 2, 3, 3, 3, 3, 3, 3], dtype=torch.int32)},
+        _runs(0, 2, 1),
+    ),
+    "4-dimensional": (_ids(1, 7), {"attention_mask": _square(3, 4)}, _runs(0, 3, 4)),
+    "4-dimensional for a batch": (
+        _ids(3, 7),
+        {"attention_mask": _square(3, 4)},
+        [run for row in range(3) for run in _runs(row, 3, 4)],
+    ),
+    "4-dimensional, additive": (_ids(1, 8), {"attention_mask": _additive(_square(3, 4, -1))}, _runs(0, 3, 4)),
+    "4-dimensional, both directions": (_ids(1, 7), {"attention_mask": _square(3, 4, causal=False)}, _runs(0, 3, 4)),
+    "4-dimensional, sliding window": (
+        _ids(2, 16),
+        {"attention_mask": _square(16, window=4, rows=2)},
+        _runs(0, 16) + _runs(1, 16),
+    ),
+    "4-dimensional, padded left": (_ids(1, 6), {"attention_mask": _square(-2, 4)}, _runs(0, 4, start=2)),
+    "several kinds of attention": (_ids(1, 7), {"attention_mask": {"full_attention": _square(3, 4)}}, _runs(0, 3, 4)),
+    "M-RoPE with the text's positions": (
+        _ids(1, 5),
+        {"position_ids": torch.cat([torch.tensor([[[0, 1, 2, 0, 1]]]), torch.zeros(3, 1, 5, dtype=torch.long)])},
+        _runs(0, 3, 2),
+    ),
+    "a single token": (_ids(1, 1), {"attention_mask": torch.ones(1, 1)}, _runs(0, 1)),
+}  # fmt: skip
+
+
+def expected_layout(ids: torch.Tensor, sequences: list[tuple[int, list[int]]]) -> SequenceLayout:
+    """The layout of these sequences, one by one."""
+    lengths, positions, hashes = (torch.zeros(ids.shape, dtype=torch.int64) for _ in range(3))
+    for row, columns in sequences:
+        columns = list(columns)
+        lengths[row, columns] = len(columns)
+        positions[row, columns] = torch.arange(len(columns))
+        hashes[row, columns] = token_hash(ids[row, columns], torch.arange(len(columns))).sum()
+    return SequenceLayout(lengths, positions, hashes)
