@@ -125,7 +125,7 @@ def answer_file(
 
 def _answers(batch, model, tokenizer, generator, max_new_tokens, repetition_penalty) -> list[dict[str, Any]]:
     """The batch's records with their answers: `output` to an instruction, `choices` to turns."""
-    asked = [record["turns"] if "turns" in record else [prompt_text(record)] for record in batch]
+    asked = [record["turns"] if "turns" in record else [prompt_text(record, "--prompts")] for record in batch]
     said: list[list[str]] = [[] for _ in batch]
     for turn in range(max(map(len, asked))):
         rows = [row for row, questions in enumerate(asked) if turn < len(questions)]
