@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_convert_to_chatml
+from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 
 from .errors import DatasetError, first_line
 
@@ -28,6 +29,9 @@ _SYSTEM = ("system", "system_prompt")
 _TURNS = ("messages", "conversations")
 _CARRIED = ("tools", "chat_template_kwargs")  # TRL gives them to the chat template
 _KNOWN = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS, "prompt", "completion", "text"}
+
+# Given to every `map`: datasets caches what a function made of a file, and does not see that its helpers changed.
+_VERSION = {"version": version("neftune_hf")}
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _BLANK = {"role": "user", "content": ""}
@@ -110,7 +114,7 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
     Raises:
         DatasetError: The columns are none of these, or have no text.
     """
-    columns = _columns(data)
+    columns = set(get_dataset_column_names(data))
     has_prompts = {"prompt", "completion"} <= columns
     is_instruction = bool(columns & {*_INSTRUCTION} and columns & {*_OUTPUT})
     carried = sorted(columns & {*_CARRIED})
@@ -147,7 +151,7 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
         )
     _log_unused(columns, used, name)
 
-    def convert_batch(batch: dict[str, list]) -> dict[str, list]:
+    def convert_batch(batch: dict[str, list], version: str) -> dict[str, list]:
         made: dict[str, list] = {key: [] for key in ("prompt", "completion", *carried)}
         for values in zip(*batch.values(), strict=True):
             record = dict(zip(batch, values, strict=True))
@@ -160,7 +164,7 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
                     made[key].append(record[key])
         return made
 
-    return data.map(convert_batch, batched=True, remove_columns=sorted(columns))
+    return data.map(convert_batch, batched=True, remove_columns=sorted(columns), fn_kwargs=_VERSION)
 
 
 def keep_usable(
@@ -175,7 +179,7 @@ def keep_usable(
     Raises:
         DatasetError: Nothing is left.
     """
-    columns = _columns(data)
+    columns = set(get_dataset_column_names(data))
     if not ({"prompt", "completion"} <= columns or "text" in columns):
         return data
     end = tokenizer.eos_token or ""  # TRL appends it to text, and leaves it to the template in messages
@@ -228,9 +232,11 @@ def keep_usable(
         if next(iter(kept), None) is None:
             raise DatasetError(_nothing_left(name, counts, max_length))
         return kept
-    measured = data.map(
-        lambda batch: {"problem": problems(batch)}, batched=True, remove_columns=data.column_names, desc="Measuring"
-    )
+
+    def measure(batch: dict[str, list], version: str) -> dict[str, list[str]]:
+        return {"problem": problems(batch)}
+
+    measured = data.map(measure, batched=True, remove_columns=data.column_names, fn_kwargs=_VERSION, desc="Measuring")
     found = list(measured["problem"])
     counts.update(found)
     for kind in (_EMPTY, _REJECTED, _FULL, _CUT):
@@ -298,10 +304,6 @@ def _log_unused(columns: set[str], used: set[str], name: str) -> None:
 def _nothing_left(name: str, counts: Counter[str], max_length: int | None) -> str:
     dropped = ", ".join(f"{counts[kind]:,} {kind}" for kind in (_EMPTY, _REJECTED, _FULL) if counts[kind])
     return f"{name} has nothing to learn from: {dropped or 'it is empty'}. `max_length` is {max_length}."
-
-
-def _columns(data: datasets.Dataset | datasets.IterableDataset) -> set[str]:
-    return set(data.column_names or next(iter(data), ()))
 
 
 def _first(record: dict[str, Any], columns: Iterable[str]) -> tuple[str, Any]:

@@ -77,6 +77,8 @@ def run(argv: Sequence[str]) -> None:
 
 def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before: str | None, after: str | None) -> str:
     """The run, a line each: embeddings, noise, parameters, losses, a completion, where the result is."""
+    from accelerate.utils import is_peft_model
+
     args, handle, history = trainer.args, trainer.neftune_callback.handle, trainer.state.log_history
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
@@ -88,7 +90,8 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
         logged = [10 ** (entry[_RATIO] / 10) for entry in history if _RATIO in entry]
         db = 10 * math.log10(sum(logged) / len(logged)) if logged else handle.noise_to_embedding_db
         if db is not None:
-            noise += f": {10 ** (db / 20):.3f} of the embeddings' RMS ({db:+.1f} dB), measured on a sample of the training tokens"
+            noise += f": {10 ** (db / 20):.3f} of the embeddings' RMS ({db:+.1f} dB), "
+            noise += "measured on a sample of the training tokens"
         lines.append(f"  noise          {noise}")
     else:
         lines.append("  noise          off (neftune_noise_alpha is None or 0)")
@@ -107,7 +110,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
             f"  completion after:  {after}",
             "",
         ]
-    kind = "adapter" if (Path(args.output_dir) / "adapter_config.json").is_file() else "model"
+    kind = "adapter" if is_peft_model(trainer.model) else "model"
     lines.append(f"  {kind} saved in {args.output_dir}")
     return "\n".join(lines)
 
@@ -285,6 +288,7 @@ def _data(
 ) -> tuple["Dataset", "Dataset | None"]:
     """The training set and, where there is evaluation, the test set, ready for TRL."""
     from trl import get_dataset
+    from trl.data_utils import get_dataset_column_names
 
     from ..data import dataset_errors, keep_usable, load_instructions, to_prompt_completion
 
@@ -306,9 +310,12 @@ def _data(
     # Where TRL cuts a record elsewhere than at `max_length` tokens from its start, none is too long.
     wraps = training_args.packing and training_args.packing_strategy != "bfd"
     limit = training_args.max_length if training_args.truncation_mode == "keep_start" and not wraps else None
-    ready = []
+    ready, field = [], training_args.dataset_text_field
+    training_args.dataset_text_field = "text"
     for split in wanted:
-        called = f"{name} ({split})"
-        pairs = to_prompt_completion(splits[split], called, bool(tokenizer.chat_template))
+        called, data = f"{name} ({split})", splits[split]
+        if field != "text" and field in get_dataset_column_names(data):  # a column that the user has named goes first
+            data = data.select_columns([field]).rename_column(field, "text")
+        pairs = to_prompt_completion(data, called, bool(tokenizer.chat_template))
         ready.append(keep_usable(pairs, called, tokenizer, limit))
     return ready[0], ready[1] if len(ready) > 1 else None

@@ -188,6 +188,27 @@ def test_a_configuration_of_a_dataset(config, runs, tmp_path, monkeypatch):
     assert asked == [("some/set", "main", False)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_column_of_another_name(streaming, config, runs, tmp_path):
+    """What the user names goes before the columns of an instruction set, and has loss on all of it."""
+    rows = write(tmp_path / "text.jsonl", [row | {"body": "A body."} for row in RECORDS])
+    assert (
+        main(["sft", "--config", config(dataset_name=rows, dataset_text_field="body", dataset_streaming=streaming)])
+        == 0
+    )
+    first = next(iter(runs[0].train_dataset))
+    assert byte_tokenizer().decode(first["labels"]) == "A body.</s>"
+
+
+def test_without_noise_the_summary_and_the_card_say_so(config, tmp_path, capsys):
+    assert main(["sft", "--config", config(neftune_noise_alpha=None)]) == 0
+    assert "noise          off" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## NEFTune" not in card
+    assert "# Model Card for out" in card
+    assert "None" not in card
+
+
 def test_records_that_are_not_truncated_are_kept(config, runs, caplog):
     """A prompt of `max_length` tokens is of use where TRL keeps the end of a record."""
     short = {"max_length": 16, "truncation_mode": "keep_end"}
