@@ -79,16 +79,14 @@ def load_instructions(
         raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
     with dataset_errors(argument, name):
         if not files:
-            splits = datasets.load_dataset(name, config, streaming=streaming)
-        else:
-            readers = {split: _READERS[file.suffix] for split, file in files.items()}
-            splits = (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)()
-            for split, file in files.items():
-                splits[split] = datasets.load_dataset(
-                    readers[split], data_files={split: str(file)}, split=split, streaming=streaming
-                )
-        for split in splits.values():
-            next(iter(split))  # a stream says only now that it is malformed or empty
+            return datasets.load_dataset(name, config, streaming=streaming)
+        splits = (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)()
+        for split, file in files.items():
+            reader = _READERS[file.suffix]
+            splits[split] = datasets.load_dataset(
+                reader, data_files={split: str(file)}, split=split, streaming=streaming
+            )
+            next(iter(splits[split]))  # a stream says only now that it is malformed or empty
     return splits
 
 
@@ -140,9 +138,11 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
 
     elif "text" in columns:
         _log_unused(columns, {"text"}, name)
-        return data.map(
-            lambda record: {"text": _text(record, ["text"], name)}, remove_columns=sorted(columns - {"text"})
-        )
+
+        def convert_text(record: dict, version: str) -> dict:
+            return {"text": _text(record, ["text"], name)}
+
+        return data.map(convert_text, remove_columns=sorted(columns - {"text"}), fn_kwargs=_VERSION)
     else:
         raise DatasetError(
             f"{name} has the columns {', '.join(sorted(columns))}, of which no form of instruction set is made. Name "

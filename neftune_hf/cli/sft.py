@@ -294,7 +294,7 @@ def _data(
 
     argument, name = "dataset_name", script_args.dataset_name
     if mixture.datasets:  # as in TRL, it goes before `dataset_name`
-        argument, name = "datasets", ", ".join(part.path for part in mixture.datasets)
+        argument, name = "datasets", ", ".join(str(part.data_files or part.path) for part in mixture.datasets)
         with dataset_errors(argument, name):
             splits = get_dataset(mixture)
     else:

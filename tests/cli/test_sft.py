@@ -164,7 +164,7 @@ def test_files_are_refused_before_anything_heavy_is_imported(text, message, tmp_
     assert result.stderr.count("\n") == 1
 
 
-def test_a_mixture(config, runs, tmp_path, caplog):
+def test_a_mixture(config, runs, tmp_path):
     """Two sets of other columns, a part of each, and a test split, as TRL's `datasets` key has them."""
     parts = [
         {"path": "json", "data_files": write(tmp_path / f"{number}.json", records(name, count=16)), "fraction": share}
@@ -174,6 +174,16 @@ def test_a_mixture(config, runs, tmp_path, caplog):
     assert main(["sft", "--config", path]) == 0
     assert len(runs[0].train_dataset) + len(runs[0].eval_dataset) == 21  # 16, and a third of that
     assert len(runs[0].eval_dataset) == 5
+
+
+def test_a_mixture_that_is_streamed(config, runs, tmp_path, capsys):
+    parts = [
+        {"path": "json", "data_files": write(tmp_path / f"{count}.jsonl", records("tatsu-lab/alpaca", count))}
+        for count in (3, 5)
+    ]
+    assert main(["sft", "--config", config(dataset_name=None, datasets=parts, streaming=True)]) == 0
+    assert len(list(runs[0].train_dataset)) == 8
+    assert RATIO.search(capsys.readouterr().out)
 
 
 def test_a_configuration_of_a_dataset(config, runs, tmp_path, monkeypatch):
@@ -209,7 +219,7 @@ def test_without_noise_the_summary_and_the_card_say_so(config, tmp_path, capsys)
     assert "None" not in card
 
 
-def test_records_that_are_not_truncated_are_kept(config, runs, caplog):
+def test_records_that_are_not_truncated_are_kept(config, runs):
     """A prompt of `max_length` tokens is of use where TRL keeps the end of a record."""
     short = {"max_length": 16, "truncation_mode": "keep_end"}
     assert main(["sft", "--config", config(**short)]) == 0
