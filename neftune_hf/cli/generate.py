@@ -50,6 +50,8 @@ def complete_file(
     if target.suffix not in (".json", ".jsonl"):
         raise DatasetError(f"`--output` is {output}; name it .json for `alpaca_eval`, or .jsonl.")
     lines = target if target.suffix == ".jsonl" else target.with_name(target.name + ".part.jsonl")
+    if prompts.endswith((".json", ".jsonl", ".parquet")) and not Path(prompts).is_file():  # known before the imports
+        raise DatasetError(f"`--prompts`: there is no file {prompts}.")
     if any(file.exists() and Path(prompts).exists() and file.samefile(prompts) for file in (target, lines)):
         raise DatasetError(f"`--output` is {output}, the file of `--prompts`. Name another.")
     records = _read_prompts(prompts)
@@ -79,7 +81,9 @@ def complete_file(
                 file.flush()
                 bar.update(len(batch))
     if lines != target:
-        target.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
+        whole = target.with_name(target.name + ".part")  # cut off while it is written, it is not `target`
+        whole.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
+        whole.replace(target)
         lines.unlink()
     return len(records)
 

@@ -29,6 +29,8 @@ def run(argv: Sequence[str]) -> None:
     """
     settings = _check_files(argv)
     script_args, training_args, model_args, mixture, launch = _parse(argv, settings)
+    if launch.num_processes is not None and launch.num_processes < 1:
+        raise NEFTuneConfigError(f"`num_processes` is {launch.num_processes}, and must be at least 1.")
     if (launch.accelerate_config or launch.num_processes) and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return _launch(launch, argv)
     _check(script_args, training_args, model_args, mixture)
@@ -242,6 +244,12 @@ def _check(
     mixture: "DatasetMixtureConfig",
 ) -> None:
     """Refuse what is bound to fail, before a model is loaded."""
+    checkpoint = training_args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+        raise NEFTuneConfigError(
+            f"`resume_from_checkpoint` is {checkpoint}, and there is no such folder. Name a checkpoint of "
+            "`output_dir`, or leave it out to start anew."
+        )
     if model_args.model_name_or_path is None or not (script_args.dataset_name or mixture.datasets):
         raise NEFTuneConfigError(
             "`model_name_or_path` and `dataset_name` (or `datasets`) are both needed, in --config FILE or as options."

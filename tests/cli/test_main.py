@@ -11,6 +11,7 @@ import neftune_hf
 from neftune_hf.cli import main
 
 from ..conftest import ROOT
+from ..records import write
 
 WITHOUT_EXTRAS = "import sys\nfor name in ('trl', 'datasets', 'peft', 'bitsandbytes'): sys.modules[name] = None\n"
 
@@ -49,15 +50,25 @@ def test_help_of_a_command_needs_no_extra(command):
             assert part in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [["sft"], ["generate", "x", "--prompts", "p.json", "-o", "o.json"]])
-def test_a_missing_extra_is_one_line(arguments):
+@pytest.mark.parametrize("command", ["sft", "generate"])
+def test_a_missing_extra_is_one_line(command, tmp_path):
+    prompts = write(tmp_path / "prompts.json", [{"instruction": "x"}])
+    arguments = [command, *(["x", "--prompts", prompts, "-o", "o.json"] if command == "generate" else [])]
     result = python(WITHOUT_EXTRAS + f"from neftune_hf.cli import main\nsys.exit(main({arguments}))")
     assert result.returncode == 2
+    assert f"neftune-hf: `{command}` needs " in result.stderr
     assert 'pip install "neftune_hf[trl]"' in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_env_names_versions_and_the_device(capsys, monkeypatch):
+def test_a_missing_file_of_prompts_is_refused_before_the_imports():
+    arguments = ["generate", "x", "--prompts", "absent.json", "-o", "o.json"]
+    result = python(f"import sys\nfrom neftune_hf.cli import main\nmain({arguments})\nprint('torch' in sys.modules)")
+    assert result.stdout == "False\n"
+    assert "`--prompts`: there is no file absent.json" in result.stderr
+
+
+def test_env_names_versions_and_the_device(capsys):
     assert main(["env"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     for name in ("torch", "transformers", "trl", "peft"):

@@ -126,6 +126,8 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"datasets": [{"path": "json", "file": "x"}]}, [], ["unexpected keyword argument 'file'"]),
         ({"datasets": [{"path": "no/where"}]}, [], ["`datasets`: no/where cannot be read"]),
         ({"accelerate_config": "zero9"}, [], ["`accelerate_config`", "zero9"]),
+        ({"num_processes": 0}, [], ["`num_processes` is 0"]),
+        ({"resume_from_checkpoint": "absent"}, [], ["`resume_from_checkpoint` is absent"]),
         ({}, ["stray"], ["`stray` in the command line"]),
         ({}, ["--config"], ["`--config`: expected one argument"]),
     ],
