@@ -1,43 +1,64 @@
 """Instruction sets: from a file, a folder or the hub to TRL's prompt-completion form."""
 
-import json
 import logging
+import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 
-from .errors import DatasetError
+from .errors import DatasetError, first_line
 
 logger = logging.getLogger(__name__)
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
+# Columns of one meaning. A mixture has several of them: in each record the first that is not null counts.
+_INSTRUCTION = ("instruction", "question")
+_INPUT = ("input", "context")
+_OUTPUT = ("output", "response")
+_SYSTEM = ("system", "system_prompt")
+_TURNS = ("messages", "conversations")
+_CARRIED = ("tools", "chat_template_kwargs")  # TRL gives them to the chat template
+_KNOWN = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS, "prompt", "completion", "text"}
+
+# Given to every `map`: datasets caches what a function made of a file, and does not see that its helpers changed.
+_VERSION = {"version": version("neftune_hf")}
+
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_EMPTY = "have no instruction or no answer and are left out"
-_ODD = "do not fit the model's chat template and are left out"
-_FULL = "have a prompt that fills `max_length` and are left out"
-_CUT = "are longer than `max_length`, and the end of their answer is cut off"
+_BLANK = {"role": "user", "content": ""}
+
+_EMPTY = "have no prompt or no completion and are dropped"
+_REJECTED = "are rejected by the chat template and are dropped"
+_FULL = "have a prompt of `max_length` tokens or more and are dropped"
+_CUT = "are longer than `max_length` tokens and are truncated"
 
 
 def load_instructions(
-    name: str, config: str | None = None, streaming: bool = False
+    name: str, config: str | None = None, streaming: bool = False, argument: str = "dataset_name"
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load an instruction set.
+    """Load an instruction set with `datasets.load_dataset`.
 
     Args:
         name (`str`): A JSON, JSONL or Parquet file, which becomes the split `train`; a folder of such files, each the
-            split that it is named after; or the name of a data set on the hub.
+            split that it is named after, or laid out as on the hub; or the name of a data set on the hub.
         config (`str`, *optional*): Configuration of a hub data set.
         streaming (`bool`): Stream it.
+        argument (`str`): What errors call `name`.
 
     Returns:
         `datasets.DatasetDict`: The splits, with their columns as they are.
 
     Raises:
-        DatasetError: A file is missing, empty or not what its name says. The message names the file and the record.
+        DatasetError: It is missing, empty or malformed.
 
     Example:
 
@@ -47,130 +68,183 @@ def load_instructions(
     ['instruction', 'input', 'output']
     ```
     """
-    path = Path(name)
+    path, files = Path(name), {}
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
-        if not files:
-            raise DatasetError(f"`dataset_name`: the folder {name} holds no .json, .jsonl or .parquet file.")
-        splits = {file.stem: file for file in files}
+        files = _splits(path, argument)
     elif path.suffix in _READERS:
-        splits = {"train": path}
-    else:
-        return datasets.load_dataset(name, config, streaming=streaming)
-    for file in splits.values():
-        if not file.is_file():
-            raise DatasetError(f"`dataset_name`: there is no file {file}.")
-    if streaming:
-        return datasets.IterableDatasetDict({split: _stream_file(file) for split, file in splits.items()})
-    return datasets.DatasetDict({split: _load_file(file) for split, file in splits.items()})
+        files = {"train": path}
+        if not path.is_file():
+            raise DatasetError(f"`{argument}`: there is no file {name}.")
+    elif path.is_file():
+        raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
+    with dataset_errors(argument, name):
+        if not files:
+            return datasets.load_dataset(name, config, streaming=streaming)
+        splits = (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)()
+        for split, file in files.items():
+            reader = _READERS[file.suffix]
+            splits[split] = datasets.load_dataset(
+                reader, data_files={split: str(file)}, split=split, streaming=streaming
+            )
+            next(iter(splits[split]))  # a stream says only now that it is malformed or empty
+    return splits
 
 
 def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: bool) -> datasets.Dataset:
-    """Turn instruction sets into TRL's prompt-completion form, so that loss is on the answer only.
+    """Turn an instruction set into TRL's prompt-completion form, so that loss is on the completion only.
 
-    Records have `instruction`, (`input`,) `output`; or `conversations` as ShareGPT has them, of turns with `from` and
-    `value`, in which each answer becomes a record, with all that was said before it as the prompt.
-    Sets in one of TRL's own forms (`messages`, `prompt` and `completion`, `text`) are returned as they are.
+    The form is told by the columns. In this order:
+
+    - `instruction` and `output`, with `input` and `system` where there are such; also as `question`, `response`,
+      `context` and `system_prompt`.
+    - TRL's own `prompt` and `completion`.
+    - `messages` or `conversations`, of `role` and `content` or of `from` and `value`. Each assistant turn becomes a
+      record, with everything before it as the prompt.
+    - TRL's own `text`, which stays as it is, with loss on all of it.
+
+    Columns that could have been meant and are not used are named in the log.
 
     Args:
         data (`datasets.Dataset`): One split.
-        name (`str`): What to call it in an error.
-        has_chat_template (`bool`): Conversational records if true, else a plain instruction prompt.
+        name (`str`): What to call it in an error and in the log.
+        has_chat_template (`bool`): Messages if true, else text with a plain instruction prompt.
 
     Raises:
-        DatasetError: The columns are none of these, or a turn is from somebody unknown.
+        DatasetError: The columns are none of these, or have no text.
     """
-    columns = _columns(data)
-    if columns & {"messages", "text"} or {"prompt", "completion"} <= columns:
-        return data
-    if "conversations" in columns:
-        turns = data.map(_split_conversations, batched=True, remove_columns=sorted(columns))
-        return turns if has_chat_template else turns.map(_without_roles)
-    if missing := {"instruction", "output"} - columns:
+    columns = set(get_dataset_column_names(data))
+    has_prompts = {"prompt", "completion"} <= columns
+    is_instruction = bool(columns & {*_INSTRUCTION} and columns & {*_OUTPUT})
+    carried = sorted(columns & {*_CARRIED})
+
+    if is_instruction or (columns & {*_TURNS} and not has_prompts):
+        used = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS} if is_instruction else {*_SYSTEM, *_TURNS}
+
+        def convert(record: dict) -> Iterator[tuple]:
+            return _split_turns(_messages(record, name))
+
+    elif has_prompts:
+        used = {"prompt", "completion"}
+
+        def convert(record: dict) -> Iterator[tuple]:
+            parts = record["prompt"], record["completion"]
+            if any(isinstance(part, list) for part in parts):
+                if any(isinstance(part, str) for part in parts):
+                    raise DatasetError(f"{name}: one of `prompt` and `completion` is text and the other messages.")
+                parts = tuple([_message(turn, name) for turn in part or [None]] for part in parts)
+            else:
+                parts = _text(record, ["prompt"], name), _text(record, ["completion"], name)
+            yield parts
+
+    elif "text" in columns:
+        _log_unused(columns, {"text"}, name)
+
+        def convert_text(record: dict, version: str) -> dict:
+            return {"text": _text(record, ["text"], name)}
+
+        return data.map(convert_text, remove_columns=sorted(columns - {"text"}), fn_kwargs=_VERSION)
+    else:
         raise DatasetError(
-            f"{name} lacks the column(s) {', '.join(sorted(missing))}: its first record has "
-            f"{', '.join(sorted(columns))}. "
-            "An instruction set has `instruction` and `output`, and may have `input`, or it has `conversations`; TRL's "
-            "own forms have `messages`, `prompt` and `completion`, or `text`."
+            f"{name} has the columns {', '.join(sorted(columns))}, of which no form of instruction set is made. Name "
+            "them `instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
+            "`completion`, or `text`."
         )
+    _log_unused(columns, used, name)
 
-    def convert(record: dict) -> dict:
-        instruction, answer = prompt_text(record), record["output"]
-        if has_chat_template:
-            return {
-                "prompt": [{"role": "user", "content": instruction}],
-                "completion": [{"role": "assistant", "content": answer}],
-            }
-        return {"prompt": plain_prompt(instruction), "completion": answer}
+    def convert_batch(batch: dict[str, list], version: str) -> dict[str, list]:
+        made: dict[str, list] = {key: [] for key in ("prompt", "completion", *carried)}
+        for values in zip(*batch.values(), strict=True):
+            record = dict(zip(batch, values, strict=True))
+            for prompt, completion in convert(record):
+                if not has_chat_template and isinstance(prompt, list):
+                    prompt, completion = _plain(prompt), "".join(_content(message) for message in completion)
+                for key, value in {"prompt": prompt, "completion": completion}.items():
+                    made[key].append(value)
+                for key in carried:
+                    made[key].append(record[key])
+        return made
 
-    return data.map(convert, remove_columns=sorted(columns))
+    return data.map(convert_batch, batched=True, remove_columns=sorted(columns), fn_kwargs=_VERSION)
 
 
 def keep_usable(
     data: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> datasets.Dataset:
-    """Leave out the prompt-completion records that have nothing to learn from, and log how many, and how many are cut.
+    """Drop the records of prompt-completion or text form that there is nothing to learn from, and log how many.
 
-    Left out are those without an instruction or without an answer, those that the chat template refuses (roles that do
-    not alternate, say), and those whose prompt alone fills `max_length` tokens. Of a stream the counts are logged as
-    they reach 1, 10, 100 and so on. Other forms are returned as they are.
+    Dropped are those without a prompt or a completion, those that the chat template rejects (roles that do not
+    alternate, say), and those whose prompt alone has `max_length` tokens. The log also counts those that `max_length`
+    truncates. Of a stream the counts are logged as they reach 1, 10, 100 and so on.
 
     Raises:
         DatasetError: Nothing is left.
     """
-    if not {"prompt", "completion"} <= _columns(data):
+    columns = set(get_dataset_column_names(data))
+    if not ({"prompt", "completion"} <= columns or "text" in columns):
         return data
-    counts: Counter[str] = Counter()
+    end = tokenizer.eos_token or ""  # TRL appends it to text, and leaves it to the template in messages
 
-    def tokens(batch: list[str | list], is_prompt: bool) -> list[int]:
-        """How many tokens each has; -1 where the template refuses the messages."""
-        chat = not isinstance(batch[0], str)
-        texts = [_templated(tokenizer, messages, is_prompt) for messages in batch] if chat else batch
-        lengths = iter(
-            tokenizer([text for text in texts if text is not None], add_special_tokens=not chat)["input_ids"]
-        )
+    def tokens(parts: list[str | list], is_prompt: bool) -> list[int]:
+        """How many tokens each has; -1 where the template rejects the messages."""
+        chat = isinstance(parts[0], list)
+        texts = [_templated(tokenizer, part, is_prompt) for part in parts] if chat else parts
+        given = [text for text in texts if text is not None]
+        lengths = iter(tokenizer(given, add_special_tokens=not chat)["input_ids"] if given else ())
         return [-1 if text is None else len(next(lengths)) for text in texts]
 
-    def fault(prompt: str | list, completion: str | list, before: int, whole: int) -> str:
-        if _text(prompt).strip() in ("", plain_prompt("").strip()) or not _text(completion).strip():
+    def problem(is_empty: bool, prompt: int, whole: int) -> str:
+        if is_empty:
             return _EMPTY
-        if min(before, whole) < 0:
-            return _ODD
+        if min(prompt, whole) < 0:
+            return _REJECTED
         if max_length is None:
             return ""
-        return _FULL if before >= max_length else _CUT if whole > max_length else ""
+        return _FULL if prompt >= max_length else _CUT if whole > max_length else ""
 
-    def faults(batch: dict[str, list]) -> list[str]:
-        prompts, completions = batch["prompt"], batch["completion"]
-        wholes = [p + c for p, c in zip(prompts, completions, strict=True)]
-        lengths = tokens(prompts, is_prompt=True), tokens(wholes, is_prompt=False)
-        return list(map(fault, prompts, completions, *lengths))
+    def problems(batch: dict[str, list]) -> list[str]:
+        if "completion" not in batch:
+            texts = [text or "" for text in batch["text"]]
+            wholes = tokens([text + end for text in texts], is_prompt=False)
+            return [problem(not text.strip(), 0, whole) for text, whole in zip(texts, wholes, strict=True)]
+        pairs = list(zip(batch["prompt"], batch["completion"], strict=True))
+        empty = [_is_empty(prompt) or _is_empty(completion) for prompt, completion in pairs]
+        chat = any(isinstance(part, list) for pair in pairs for part in pair)
+        pairs = [(prompt or ([] if chat else ""), completion or ([] if chat else "")) for prompt, completion in pairs]
+        prompts = tokens([prompt for prompt, _ in pairs], is_prompt=True)
+        wholes = tokens([p + c if chat else p + c.removesuffix(end) + end for p, c in pairs], is_prompt=False)
+        return list(map(problem, empty, prompts, wholes))
 
+    counts: Counter[str] = Counter()
     if isinstance(data, datasets.IterableDataset):
+        counted = -1
 
-        def keep(batch: dict[str, list]) -> list[bool]:
-            found = faults(batch)
-            for kind in filter(None, found):
+        def keep(batch: dict[str, list], indices: list[int]) -> list[bool]:
+            nonlocal counted  # a stream is begun anew at each look at its first record, and at each epoch
+            found = problems(batch)
+            for kind in (kind for kind, index in zip(found, indices, strict=True) if kind and index > counted):
                 counts[kind] += 1
                 if counts[kind] in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000):
                     logger.warning("%s: %s so far %s", name, f"{counts[kind]:,}", kind)
+            counted = max(counted, *indices)
             return [kind in ("", _CUT) for kind in found]
 
-        return data.filter(keep, batched=True)
-    measured = data.map(
-        lambda batch: {"fault": faults(batch)}, batched=True, remove_columns=data.column_names, desc="Measuring"
-    )
-    found = list(measured["fault"])
+        kept = data.filter(keep, batched=True, with_indices=True)
+        if next(iter(kept), None) is None:
+            raise DatasetError(_nothing_left(name, counts, max_length))
+        return kept
+
+    def measure(batch: dict[str, list], version: str) -> dict[str, list[str]]:
+        return {"problem": problems(batch)}
+
+    measured = data.map(measure, batched=True, remove_columns=data.column_names, fn_kwargs=_VERSION, desc="Measuring")
+    found = list(measured["problem"])
     counts.update(found)
-    for kind in (_EMPTY, _ODD, _FULL, _CUT):
+    for kind in (_EMPTY, _REJECTED, _FULL, _CUT):
         if counts[kind]:
             logger.warning("%s: %s of %s records %s", name, f"{counts[kind]:,}", f"{len(data):,}", kind)
     usable = [row for row, kind in enumerate(found) if kind in ("", _CUT)]
     if not usable:
-        raise DatasetError(
-            f"{name} has nothing to learn from: {counts[_EMPTY]:,} of its {len(data):,} records {_EMPTY}, "
-            f"{counts[_ODD]:,} {_ODD}, and {counts[_FULL]:,} {_FULL}. `max_length` is {max_length}."
-        )
+        raise DatasetError(_nothing_left(name, counts, max_length))
     return data.select(usable)
 
 
@@ -179,102 +253,139 @@ def plain_prompt(instruction: str) -> str:
     return f"### Instruction:\n{instruction}\n\n### Response:\n"
 
 
-def prompt_text(record: dict) -> str:
+def prompt_text(record: dict[str, Any], name: str) -> str:
     """What the user says: the instruction, and below it the input where there is one."""
-    return "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
+    parts = _text(record, _INSTRUCTION, name), _text(record, _INPUT, name)
+    return "\n\n".join(part for part in parts if part.strip())
 
 
-def _columns(data: datasets.Dataset | datasets.IterableDataset) -> set[str]:
-    return set(data.column_names or next(iter(data)))
+def _splits(folder: Path, argument: str) -> dict[str, Path]:
+    """The files of a folder by the split that each is named after; none where it is laid out as on the hub."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in _READERS)
+    splits = {file.stem: file for file in files}
+    for file in files:
+        if (other := splits[file.stem]) != file:
+            raise DatasetError(
+                f"`{argument}`: {file.name} and {other.name} in {folder} are both the split {file.stem}. Rename one."
+            )
+    if not files and not any(file.suffix in _READERS for file in folder.rglob("*")):
+        raise DatasetError(f"`{argument}`: the folder {folder} has no .json, .jsonl or .parquet file.")
+    return splits if all(re.fullmatch(r"\w+", split) for split in splits) else {}
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], is_prompt: bool) -> str | None:
+@contextmanager
+def dataset_errors(argument: str, name: str) -> Iterator[None]:
+    """Errors of reading a data set, which has many kinds, as one."""
+    try:
+        yield
+    except StopIteration as error:
+        raise DatasetError(f"`{argument}`: {name} is empty.") from error
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        if "corresponds to no data" in str(error):
+            raise DatasetError(f"`{argument}`: {name} is empty.") from error
+        said = first_line(error.__cause__ or error)
+        raise DatasetError(f"`{argument}`: {name} cannot be read: {said}") from error
+
+
+def _log_unused(columns: set[str], used: set[str], name: str) -> None:
+    if unused := sorted(columns & _KNOWN - used):
+        logger.warning(
+            "%s: the records are taken from %s; not used: %s",
+            name,
+            ", ".join(sorted(columns & used)),
+            ", ".join(unused),
+        )
+    for group in ((*_INSTRUCTION, *_TURNS), _INPUT, _OUTPUT, _SYSTEM):
+        first, *others = [column for column in group if column in columns & used] or [""]
+        if others:
+            logger.warning("%s: %s is read where %s is null", name, ", ".join(others), first)
+
+
+def _nothing_left(name: str, counts: Counter[str], max_length: int | None) -> str:
+    dropped = ", ".join(f"{counts[kind]:,} {kind}" for kind in (_EMPTY, _REJECTED, _FULL) if counts[kind])
+    return f"{name} has nothing to learn from: {dropped or 'it is empty'}. `max_length` is {max_length}."
+
+
+def _first(record: dict[str, Any], columns: Iterable[str]) -> tuple[str, Any]:
+    return next(((column, record[column]) for column in columns if record.get(column) is not None), ("", None))
+
+
+def _text(record: dict[str, Any], columns: Iterable[str], name: str) -> str:
+    """The text of the first of `columns` that is not null; "" where all are."""
+    column, value = _first(record, columns)
+    if isinstance(value, list | dict):
+        raise DatasetError(f"{name}: `{column}` has a {type(value).__name__} where text belongs: {value!r:.80}")
+    return "" if value is None else str(value)
+
+
+def _messages(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The messages of a record with an instruction, or else with turns; a system column goes first."""
+    _, turns = _first(record, _TURNS)
+    if turns is None or _first(record, _INSTRUCTION)[0]:
+        turns = [
+            {"role": "user", "content": prompt_text(record, name)},
+            {"role": "assistant", "content": _text(record, _OUTPUT, name)},
+        ]
+    messages = [_message(turn, name) for turn in turns]
+    system = _text(record, _SYSTEM, name)
+    if system.strip() and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    """A turn as `role` and `content`; a null turn is a user's who says nothing, which makes its record unusable."""
+    if turn is None:
+        return _BLANK
+    if not isinstance(turn, dict) or not turn.keys() & {"from", "role"}:
+        raise DatasetError(f"{name}: a turn has `role` and `content`, or `from` and `value`; found {turn!r:.80}")
+    sender = turn.get("from")
+    if sender is not None and sender not in _ROLES:
+        raise DatasetError(f"{name}: a turn is from {sender!r}; known are {', '.join(_ROLES)}.")
+    (message,) = maybe_convert_to_chatml({"messages": [dict(turn)]})["messages"]
+    if message.get("role") is None:
+        return _BLANK
+    keeps = isinstance(message.get("content"), list) or message.get("tool_calls")
+    content = message.get("content") if keeps else _text(message, ["content"], name)
+    return message | {"role": _ROLES.get(message["role"], message["role"]), "content": content}
+
+
+def _split_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[list, list]]:
+    """Each assistant turn with everything before it; a conversation without one is kept, so that it is counted."""
+    ends = [end for end, message in enumerate(messages) if message["role"] == "assistant" and end]
+    for end in ends:
+        yield messages[:end], [messages[end]]
+    if not ends:
+        yield messages or [_BLANK], [_BLANK | {"role": "assistant"}]
+
+
+def _plain(prompt: list[dict[str, Any]]) -> str:
+    """Messages as text, for models without a chat template."""
+    if _is_empty(prompt):
+        return ""
+    return "".join(
+        plain_prompt(_content(message)) if message["role"] == "user" else _content(message) + "\n\n"
+        for message in prompt
+    )
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message["content"] or ""
+    return content if isinstance(content, str) else "".join(block.get("text") or "" for block in content)
+
+
+def _is_empty(part: str | list[dict[str, Any]] | None) -> bool:
+    """Whether nothing is said, or a user's turn says nothing."""
+    if not part or isinstance(part, str):
+        return (part or "").strip() in ("", plain_prompt("").strip())
+    said = [bool(_content(message).strip()) or bool(message.get("tool_calls")) for message in part]
+    return not any(said) or any(m["role"] == "user" and not s for m, s in zip(part, said, strict=True))
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], is_prompt: bool) -> str | None:
     if not messages:
         return None
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, tokenize=False)
-    except TemplateError:
+    except (TemplateError, TypeError):  # TypeError: a template adds a null, such as the content of a tool call
         return None
-
-
-def _text(part: str | list[dict[str, str]]) -> str:
-    return part if isinstance(part, str) else "".join(message["content"] or "" for message in part)
-
-
-def _split_conversations(batch: dict[str, list]) -> dict[str, list]:
-    prompts, completions = [], []
-    for conversation in batch["conversations"]:
-        messages = []
-        for turn in conversation:
-            if turn["from"] not in _ROLES:
-                raise DatasetError(
-                    f"`conversations` has a turn from {turn['from']!r}; turns are from {', '.join(_ROLES)}."
-                )
-            message = {"role": _ROLES[turn["from"]], "content": turn["value"]}
-            if message["role"] == "assistant" and messages:
-                prompts.append(list(messages))
-                completions.append([message])
-            messages.append(message)
-        if not any(message["role"] == "assistant" for message in messages[1:]):
-            prompts.append(messages)  # nothing to learn: kept, so that it is counted
-            completions.append([])
-    return {"prompt": prompts, "completion": completions}
-
-
-def _without_roles(record: dict) -> dict:
-    """The plain form of messages, for models without a chat template."""
-    said = [
-        plain_prompt(message["content"]) if message["role"] == "user" else message["content"] + "\n\n"
-        for message in record["prompt"]
-    ]
-    return {"prompt": "".join(said), "completion": _text(record["completion"])}
-
-
-def _stream_file(file: Path) -> datasets.IterableDataset:
-    reader = _READERS[file.suffix]
-    return datasets.load_dataset(reader, data_files=str(file), split="train", streaming=True)
-
-
-def _load_file(file: Path) -> datasets.Dataset:
-    if file.suffix == ".parquet":
-        return datasets.Dataset.from_parquet(str(file))
-    records = _read_json_lines(file) if file.suffix == ".jsonl" else _read_json(file)
-    if not records:
-        raise DatasetError(f"`dataset_name`: {file} is empty.")
-    keys = records[0].keys() if isinstance(records[0], dict) else None
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise DatasetError(
-                f"{file}, record {number}: expected an object with named fields, found {type(record).__name__}."
-            )
-        if missing := keys - record.keys():
-            raise DatasetError(
-                f"{file}, record {number}: the field(s) {', '.join(sorted(missing))} of the first record are missing; "
-                f"found {', '.join(record)}."
-            )
-    return datasets.Dataset.from_list(records)
-
-
-def _read_json(file: Path) -> list:
-    text = file.read_text(encoding="utf-8")
-    if not text.strip():
-        return []
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{file} is not JSON: {error}. One record a line is JSONL: name the file .jsonl.") from error
-    if not isinstance(records, list):
-        raise DatasetError(f"{file} holds one {type(records).__name__}; a JSON data file is a list of records.")
-    return records
-
-
-def _read_json_lines(file: Path) -> list:
-    records = []
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DatasetError(f"{file}, record {len(records) + 1} is not JSON: {error}.") from error
-    return records

@@ -18,8 +18,13 @@ class NoNoiseError(NEFTuneError):
 
 
 class DatasetError(NEFTuneError):
-    """A data file is missing, unreadable, empty, or lacks the columns of an instruction set."""
+    """A data file is missing, unreadable, empty or of unknown form, or an output is not this command's own."""
 
 
 class NEFTuneWarning(UserWarning):
     """Noise is added, but with less knowledge of the batch than it should have."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

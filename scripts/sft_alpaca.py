@@ -1,52 +1,35 @@
-"""LLaMA-2-7B on Alpaca with NEFTune, in the paper's settings.
+"""NEFTune on Alpaca, or on any set with `instruction`, `input` and `output`.
 
-    accelerate launch scripts/sft_alpaca.py --output_dir outputs/mine
-    python scripts/sft_alpaca.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --neftune_noise_alpha 10
+    accelerate launch scripts/sft_alpaca.py --config configs/alpaca_llama2_7b.yaml
+    python scripts/sft_alpaca.py --config configs/alpaca_smollm2.yaml --neftune_noise_alpha 10
 
-Any field of TRL's ScriptArguments, SFTConfig and ModelConfig is an option. Copy the file and change it.
+The YAML has the paper's settings; any field of it is an option too. Copy the file and change it.
 """
 
-from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer
-from neftune_hf.data import keep_usable, load_instructions, to_prompt_completion
+from neftune_hf.data import load_instructions
 
-PAPER = {
-    "model_name_or_path": "meta-llama/Llama-2-7b-hf",
-    "dataset_name": "tatsu-lab/alpaca",
-    "output_dir": "outputs/sft_alpaca",
-    "neftune_noise_alpha": 5,
-    "num_train_epochs": 3,
-    "learning_rate": 5e-5,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,  # of all steps
-    "weight_decay": 0.0,
-    "max_length": 512,
-    # 128 rows a step: 8 processes, 4 rows, 4 times
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 4,
-}
+
+def to_prompt_completion(record):
+    """TRL's columns: the loss is on the completion, up to the end of sequence that TRL appends."""
+    prompt = f"### Instruction:\n{record['instruction']}\n\n"
+    if record["input"]:
+        prompt += f"### Input:\n{record['input']}\n\n"
+    return {"prompt": prompt + "### Response:\n", "completion": record["output"]}
 
 
 def main():
     parser = TrlParser((ScriptArguments, NEFTuneSFTConfig, ModelConfig))
-    parser.set_defaults(**PAPER)
     script_args, training_args, model_args = parser.parse_args_and_config()
-
-    # Alpaca has `instruction`, `input` and `output`; the loss is on the output only.
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    name, split = script_args.dataset_name, script_args.dataset_train_split
-    data = load_instructions(name)[split]
-    data = to_prompt_completion(data, name, has_chat_template=bool(tokenizer.chat_template))
-    data = keep_usable(data, name, tokenizer, training_args.max_length)
-
+    data = load_instructions(script_args.dataset_name)[script_args.dataset_train_split]
+    data = data.map(to_prompt_completion, remove_columns=data.column_names)
     training_args.model_init_kwargs = {"dtype": model_args.dtype}
     trainer = NEFTuneSFTTrainer(
         model_args.model_name_or_path,
-        args=training_args,
+        training_args,
         train_dataset=data,
-        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

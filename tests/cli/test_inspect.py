@@ -8,11 +8,12 @@ import torch
 import transformers
 
 from neftune_hf import cli
-from neftune_hf.report import inspect_model
+from neftune_hf.cli.inspect import _nearest_changes, inspect_model
+from neftune_hf.noise import noise_rms
 
-from .conftest import D, leftovers, tiny_llama
-from .model_types import build
-from .shrunken import shrunken_config
+from ..conftest import D, leftovers, tiny_llama
+from ..model_types import build
+from ..shrunken import shrunken_config
 
 
 def test_a_plain_model():
@@ -78,6 +79,26 @@ def test_the_command(model_folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)[0]["alphas"]["5.0"]["db"] == pytest.approx(1.0, abs=0.3)
 
 
+def test_a_yaml_file_gives_its_alpha_and_noise_type(model_folder, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model_name_or_path: {model_folder}\nneftune_noise_alpha: 7\nneftune_noise_type: gaussian\n")
+    assert cli.main(["inspect", str(file), "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert list(report["alphas"]) == ["7.0"]
+    assert report["noise_type"] == "gaussian"
+    assert report["alphas"]["7.0"]["noise_rms"] == pytest.approx(noise_rms(7, "gaussian", 512, D))
+    assert cli.main(["inspect", str(file)]) == 0
+    assert "alpha 7         gaussian noise, RMS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("noise_type", ["uniform", "gaussian", "bernoulli"])
+def test_neighbours_change_with_noise_of_each_type(noise_type):
+    embeddings = torch.eye(64)  # all at a distance of sqrt(2)
+    changes = [_nearest_changes(embeddings, rms, noise_type) for rms in (0.01, 1.0)]
+    assert changes[0] == 0
+    assert changes[1] > 0.3
+
+
 def test_a_config_without_weights(tmp_path, capsys):
     tiny_llama().config.save_pretrained(tmp_path)
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: {tmp_path}\n")
@@ -88,9 +109,34 @@ def test_a_config_without_weights(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["nothing/here"], "no model's config is found there"),
+    (["nothing/here"], "`model` is nothing/here, and no model's config is found there"),
     (["x", "--length", "0"], "`--length` is 0"),
+    (["absent.yaml"], "`model`: absent.yaml cannot be read"),
 ])  # fmt: skip
 def test_what_cannot_be_inspected(arguments, message, capsys):
     assert cli.main(["inspect", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a: [", "is not YAML"),
+    ("- a", "has no `model_name_or_path`"),
+    ("neftune_noise_alpha: 5", "has no `model_name_or_path`"),
+    ("model_name_or_path: x\nneftune_noise_alpha: -5", "`neftune_noise_alpha` must be"),
+])  # fmt: skip
+def test_yaml_files_that_say_no_model(tmp_path, text, message, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert cli.main(["inspect", str(tmp_path / "run.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_class_that_transformers_does_not_have(tmp_path, capsys):
+    config = tiny_llama().config
+    config.architectures = ["LamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "is a LamaForCausalLM, a class that transformers" in said
+    assert said.count("\n") == 1

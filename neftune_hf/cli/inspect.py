@@ -1,27 +1,94 @@
-"""What alpha means for a model, before a run, and what a run did, after it."""
+"""`neftune-hf inspect`: what alpha means for a model, before a run."""
 
+import argparse
+import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
-from .embeddings import EmbeddingSite, expected_noise_to_embedding_db, find_input_embeddings, forward_names
-from .generate import complete
-from .noise import noise_rms
+from ..config import FIELDS, NEFTuneConfig
+from ..embeddings import EmbeddingSite, find_input_embeddings, forward_names
+from ..errors import NEFTuneConfigError, first_line
+from ..noise import noise_rms
 
 ALPHAS = (5.0, 10.0, 15.0)
 
 
+def run(argv: Sequence[str]) -> None:
+    """The embeddings of a model, what rescales them, and the ratio of NEFTune's noise to them."""
+    parser = argparse.ArgumentParser(prog="neftune-hf inspect", description=run.__doc__)
+    parser.add_argument("model", help="a model's name or folder, or a config of `neftune-hf sft` (.yaml)")
+    parser.add_argument("--length", type=float, default=512, help="L, tokens in a sequence (default: %(default)g)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.length < math.inf:
+        raise NEFTuneConfigError(f"`--length` is {arguments.length:g}, and must be positive: tokens in a sequence.")
+    name, config = _settings(arguments.model)
+    alphas = (float(config.neftune_noise_alpha),) if config.enabled else ALPHAS
+    reports = inspect_model(_model(name), arguments.length, alphas, config.neftune_noise_type)
+    print(json.dumps(reports, indent=2) if arguments.json else inspection(reports))
+
+
+def _settings(model: str) -> tuple[str, NEFTuneConfig]:
+    """The model that the command is given, and NEFTune's settings where it is given in a YAML file."""
+    if not model.endswith((".yaml", ".yml")):
+        return model, NEFTuneConfig()
+    import yaml
+
+    try:
+        with open(model, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+        name = settings["model_name_or_path"]
+    except OSError as error:
+        raise NEFTuneConfigError(f"`model`: {model} cannot be read: {error.strerror}.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise NEFTuneConfigError(f"`model` {model} is not YAML: {' '.join(str(error).split())}") from error
+    except (KeyError, TypeError) as error:
+        raise NEFTuneConfigError(f"`model` {model} has no `model_name_or_path`; add it, or name a model.") from error
+    return name, NEFTuneConfig(**{field: settings[field] for field in FIELDS if field in settings})
+
+
+def _model(name: str) -> nn.Module:
+    """The model, on the meta device where there is its config alone."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NEFTuneConfigError(
+            f"`model` is {name}, and no model's config is found there: {first_line(error)}"
+        ) from error
+    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise NEFTuneConfigError(
+            f"`model` {name} is a {architecture}, a class that transformers {transformers.__version__} does not have. "
+            "Upgrade transformers, or call `inspect_model` of neftune_hf.cli.inspect on the loaded model."
+        )
+    try:
+        return model_class.from_pretrained(name, dtype="auto")
+    except OSError:  # a config without weights
+        make = model_class.from_config if model_class is transformers.AutoModelForCausalLM else model_class
+        with torch.device("meta"):
+            return make(config)
+
+
 @torch.no_grad()
-def inspect_model(model: nn.Module, length: float) -> list[dict[str, Any]]:
+def inspect_model(
+    model: nn.Module, length: float, alphas: Sequence[float] = ALPHAS, noise_type: str = "uniform"
+) -> list[dict[str, Any]]:
     """Each site of `model` with what NEFTune's noise would be worth there at sequences of `length` tokens.
 
     Args:
         model (`torch.nn.Module`): A transformers model. On the meta device all that needs weights is None.
         length (`float`): L, in tokens.
+        alphas (`Sequence[float]`): The values of alpha to report on.
+        noise_type (`str`): As `neftune_noise_type`.
 
     Returns:
         `list[dict]`: For each site `path`, `class`, `embedding_dim`, `is_decoder`; `tied_to`, the parameters that are
@@ -35,7 +102,7 @@ def inspect_model(model: nn.Module, length: float) -> list[dict[str, Any]]:
 
     ```python
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from neftune_hf.report import inspect_model
+    >>> from neftune_hf.cli.inspect import inspect_model
     >>> config = LlamaConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
     >>> inspect_model(LlamaForCausalLM(config), length=512)[0]["norm"]["class"]
     'LlamaRMSNorm'
@@ -55,10 +122,9 @@ def inspect_model(model: nn.Module, length: float) -> list[dict[str, Any]]:
             "tied_to": [name for name, p in named if p is table.weight and not name.startswith(f"{site.path}.")],
             "norm": norms.get(site),
             "length": length,
+            "noise_type": noise_type,
             "embedding_rms": None,
-            "alphas": {
-                alpha: {"noise_rms": noise_rms(alpha, "uniform", length, site.embedding_dim)} for alpha in ALPHAS
-            },
+            "alphas": {alpha: {"noise_rms": noise_rms(alpha, length, site.embedding_dim)} for alpha in alphas},
         }
         if not table.weight.is_meta:
             ids = torch.arange(table.num_embeddings, device=table.weight.device)
@@ -66,17 +132,22 @@ def inspect_model(model: nn.Module, length: float) -> list[dict[str, Any]]:
             report["embedding_rms"] = embeddings.square().mean().sqrt().item()
             for alpha in report["alphas"].values():
                 alpha["db"] = 20 * math.log10(alpha["noise_rms"] / report["embedding_rms"])
-                alpha["nearest_changes"] = _nearest_changes(embeddings, alpha["noise_rms"])
+                alpha["nearest_changes"] = _nearest_changes(embeddings, alpha["noise_rms"], noise_type)
         reports.append(report)
     return reports
 
 
-def _nearest_changes(embeddings: torch.Tensor, noise_rms: float, sample: int = 512) -> float:
+def _nearest_changes(embeddings: torch.Tensor, noise_rms: float, noise_type: str, sample: int = 512) -> float:
     """Share of tokens, spread over the vocabulary, whose noised embedding is nearer to another token's."""
     own = torch.linspace(0, len(embeddings) - 1, sample, device=embeddings.device).long().unique()
     generator = torch.Generator(embeddings.device).manual_seed(0)
-    unit = torch.rand(len(own), embeddings.shape[1], generator=generator, device=embeddings.device) * 2 - 1
-    noisy = embeddings[own] + math.sqrt(3) * noise_rms * unit
+    unit = torch.empty(len(own), embeddings.shape[1], device=embeddings.device)
+    if noise_type == "gaussian":
+        unit.normal_(generator=generator)
+    else:
+        unit.uniform_(-1, 1, generator=generator)
+        unit = unit.sign() if noise_type == "bernoulli" else math.sqrt(3) * unit
+    noisy = embeddings[own] + noise_rms * unit
     distances = embeddings.square().sum(1) - 2 * noisy @ embeddings.T  # squared, less what all have in common
     slack = 1e-5 * noisy.square().sum(1)  # rows that are equal are not nearer
     return (distances.min(1).values < distances.gather(1, own[:, None])[:, 0] - slack).float().mean().item()
@@ -142,61 +213,11 @@ def inspection(reports: list[dict[str, Any]]) -> str:
         else:
             lines += [f"  embedding RMS   {report['embedding_rms']:.4g}"]
         for alpha, values in report["alphas"].items():
-            line = f"  alpha {alpha:<4g}      noise RMS {values['noise_rms']:.4g} at {report['length']:g} tokens"
+            line = f"  alpha {alpha:<4g}      {report['noise_type']} noise, RMS {values['noise_rms']:.4g} "
+            line += f"at {report['length']:g} tokens"
             if "db" in values:
                 line += (
                     f", {values['db']:+.1f} dB; {100 * values['nearest_changes']:.1f} % of tokens nearer to another's"
                 )
             lines.append(line)
     return "\n".join(lines)
-
-
-def answer_to(example: dict[str, Any], trainer: Trainer) -> str | None:
-    """The model's greedy answer to the prompt of `example`: the authors' repetition penalty of 1.2, at most 96 tokens.
-
-    None for records without a prompt and for models whose weights are sharded over processes.
-    """
-    if "prompt" not in example or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return None
-    return complete(trainer.model, trainer.processing_class, [example["prompt"]], max_new_tokens=96)[0]
-
-
-def summary(trainer: Trainer, example: dict[str, Any] | None, before: str | None, after: str | None) -> str:
-    """What happened, a line each: embeddings, parameters, noise, losses, an answer, where the result is."""
-    args, handle = trainer.args, trainer.neftune_callback.handle
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
-    lines = ["", "NEFTune summary"]
-    length = _mean_length(trainer)
-    for site in handle.sites:
-        lines.append(f"  embedding      {site}, noised in {handle.draws[site.path]:,} forward passes")
-        if length and (db := expected_noise_to_embedding_db(site, handle.config, length)) is not None:
-            lines.append(
-                f"  noise          {handle.config.neftune_noise_type}, alpha {handle.config.neftune_noise_alpha:g}: "
-                f"{10 ** (db / 20):.3f} of the embedding's RMS ({db:+.1f} dB) at the mean length of {length:.0f} tokens"
-            )
-    if not handle.sites:
-        lines.append("  noise          off (neftune_noise_alpha is None or 0)")
-    lines.append(f"  trainable      {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if losses:
-        first = f"{losses[0]:.4f} before, " if args.eval_on_start else ""
-        lines.append(f"  held-out loss  {first}{losses[-1]:.4f} after (noise off)")
-    if before is not None:
-        question = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
-        lines += ["", f"  prompt: {question}", "", f"  answer before: {before}", "", f"  answer after:  {after}", ""]
-    kind = "adapter" if hasattr(trainer.model, "peft_config") else "model"
-    lines.append(f"  {kind} saved in {args.output_dir}")
-    return "\n".join(lines)
-
-
-def _mean_length(trainer: Trainer) -> float | None:
-    """Mean tokens of a training sequence; of a document where sequences are packed. None for a stream."""
-    data = trainer.train_dataset
-    if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
-        return None
-    if "seq_lengths" in data.column_names:
-        lengths = [length for row in data["seq_lengths"] for length in row]
-    else:
-        lengths = [len(ids) for ids in data["input_ids"]]
-    return sum(lengths) / len(lengths)

@@ -1,0 +1,46 @@
+"""The command `neftune-hf`: one file per command, each imported only when it runs, so that help is instant."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import NEFTuneError
+
+_COMMANDS = {
+    "sft": "supervised fine-tuning with TRL: --config FILE, and any field of its SFTConfig as an option",
+    "inspect": "what alpha means for a model: its embeddings and their ratio to the noise",
+    "generate": "greedy completions of a file of prompts, as alpaca_eval reads them",
+    "env": "the versions of all that matters here, for a bug report",
+}
+_EXTRAS = {"trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "quantized"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `neftune-hf`; the exit status is 0, or 2 for an error that names its remedy."""
+    parser = argparse.ArgumentParser(
+        prog="neftune-hf", description="NEFTune (noisy embedding fine-tuning) for Hugging Face models."
+    )
+    parser.add_argument("--version", action="version", version=f"neftune_hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in _COMMANDS.items():
+        commands.add_parser(name, add_help=False, help=text)
+    arguments, rest = parser.parse_known_args(argv)
+    logging.basicConfig(format="%(message)s")
+    # What the library says of a run and its data is the same in every process.
+    logging.getLogger("neftune_hf").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    try:
+        importlib.import_module(f".{arguments.command}", __name__).run(rest)
+    except NEFTuneError as error:
+        message = f"{type(error).__name__}: {error}"
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        message = f'`{arguments.command}` needs {error.name}: pip install "neftune_hf[{_EXTRAS[error.name]}]"'
+    else:
+        return 0
+    print(f"neftune-hf: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,262 @@
+"""`neftune-hf generate`: completions of a file of prompts, decoded as the paper's authors did it."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DatasetError, NEFTuneConfigError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, str]]
+
+
+def run(argv: Sequence[str]) -> None:
+    """Greedy completions of a file of prompts. Called again, it goes on where it was cut off."""
+    parser = argparse.ArgumentParser(prog="neftune-hf generate", description=run.__doc__)
+    parser.add_argument("model", help="name or folder of a model or an adapter")
+    parser.add_argument("--prompts", required=True, help="JSON, JSONL or Parquet with `instruction` or `turns`")
+    parser.add_argument("-o", "--output", required=True, help=".json for alpaca_eval, or .jsonl")
+    parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--repetition_penalty", type=float, default=1.2, help="default: %(default)s, the authors'")
+    arguments = parser.parse_args(argv)
+    for name in ("batch_size", "max_new_tokens", "repetition_penalty"):
+        if (value := getattr(arguments, name)) <= 0:
+            raise NEFTuneConfigError(f"`--{name}` is {value}, and must be positive.")
+    print(f"{complete_file(**vars(arguments))} completions in {arguments.output}")
+
+
+def complete_file(
+    model: str, prompts: str, output: str, batch_size: int, max_new_tokens: int, repetition_penalty: float
+) -> int:
+    """Complete every prompt of a file; the completions of an earlier call that was cut off are kept.
+
+    Args:
+        model (`str`): A model's or an adapter's name or folder.
+        prompts (`str`): JSON, JSONL or Parquet with `instruction` (and `input`), or with `turns` as MT-bench has them.
+        output (`str`): `.jsonl`, a record a line as they come, or `.json`, the list that `alpaca_eval` reads.
+
+    Returns:
+        `int`: How many completions are in the file.
+
+    Raises:
+        DatasetError: A prompt is missing, or `output` has something else than this model's completions of them.
+    """
+    target, model = Path(output), str(Path(model))
+    if target.suffix not in (".json", ".jsonl"):
+        raise DatasetError(f"`--output` is {output}; name it .json for `alpaca_eval`, or .jsonl.")
+    lines = target if target.suffix == ".jsonl" else target.with_name(target.name + ".part.jsonl")
+    if prompts.endswith((".json", ".jsonl", ".parquet")) and not Path(prompts).is_file():  # known before the imports
+        raise DatasetError(f"`--prompts`: there is no file {prompts}.")
+    if any(file.exists() and Path(prompts).exists() and file.samefile(prompts) for file in (target, lines)):
+        raise DatasetError(f"`--output` is {output}, the file of `--prompts`. Name another.")
+    records = _read_prompts(prompts)
+    if lines != target and target.exists():
+        try:
+            finished = json.loads(target.read_bytes())
+        except ValueError:  # not JSON, or not text
+            finished = None
+        _check_own(finished if isinstance(finished, list) else [finished], records, model, prompts, target)
+        if len(finished) == len(records):
+            return len(records)
+        raise DatasetError(f"`--output` {target} has completions of fewer prompts than {prompts}. Move it away first.")
+    done, size = _begun(lines, records, prompts)
+    _check_own(done, records, model, prompts, lines)
+    if len(done) < len(records):
+        from tqdm import tqdm
+
+        network, tokenizer = load(model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lines.open("ab") as file, tqdm(total=len(records), initial=len(done)) as bar:
+            file.truncate(size)  # what was cut off inside a record
+            for start in range(len(done), len(records), batch_size):
+                batch = records[start : start + batch_size]
+                for record in _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penalty):
+                    done.append(record)
+                    file.write(_line(record))
+                file.flush()
+                bar.update(len(batch))
+    if lines != target:
+        whole = target.with_name(target.name + ".part")  # cut off while it is written, it is not `target`
+        whole.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
+        whole.replace(target)
+        lines.unlink()
+    return len(records)
+
+
+def load(name: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A model, or an adapter on its base, with its tokenizer, in evaluation mode on the accelerator if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = Path(name) / "adapter_config.json"
+    tokens = name
+    try:
+        if adapter.is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype="auto")
+            if not (Path(name) / "tokenizer_config.json").is_file():
+                tokens = json.loads(adapter.read_text())["base_model_name_or_path"]
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(tokens)
+    except (OSError, ValueError) as error:
+        raise NEFTuneConfigError(
+            f"`model` is {name}, and no language model can be loaded from there: {first_line(error)}"
+        ) from error
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.eval().to(device), tokenizer
+
+
+def complete(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    repetition_penalty: float = 1.2,
+) -> list[str]:
+    """The model's greedy completions of a batch of prompts: messages for its chat template, or plain text.
+
+    Example:
+
+    ```python
+    >>> from neftune_hf.cli.generate import complete, load
+    >>> complete(*load("outputs/quickstart"), [[{"role": "user", "content": "Hello!"}]], max_new_tokens=8)
+    ```
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    chat = not isinstance(prompts[0], str)
+    if chat:
+        prompts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(
+        prompts, add_special_tokens=not chat, padding=True, padding_side="left", return_tensors="pt",
+        return_token_type_ids=False,
+    )  # fmt: skip
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=repetition_penalty,
+        eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        tokens = model.generate(**inputs.to(model.device), generation_config=generation)
+    model.train(was_training)
+    completions = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [completion.strip() for completion in completions]
+
+
+def _read_prompts(prompts: str) -> list[dict[str, Any]]:
+    """The records of a file of prompts, each with an instruction or with turns."""
+    from ..data import load_instructions
+
+    splits = load_instructions(prompts, argument="--prompts")
+    if len(splits) > 1:
+        raise DatasetError(f"`--prompts` {prompts} has the splits {', '.join(splits)}. Give one file.")
+    (data,) = splits.values()
+    # As JSON would give them back, for they are compared with records that were written.
+    records = [
+        {("instruction" if key == "Instruction" else key): value for key, value in record.items()}
+        for record in json.loads(json.dumps(data.to_list(), default=str))
+    ]
+    for number, record in enumerate(records, start=1):
+        if "instruction" not in record and "turns" not in record:
+            raise DatasetError(
+                f"`--prompts` {prompts}: record {number} has {', '.join(record)}; a prompt is in `instruction` or "
+                "`turns`."
+            )
+        turns = _turns(record)
+        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+            column = "instruction" if record.get("turns") is None and "instruction" in record else "turns"
+            raise DatasetError(
+                f"`--prompts` {prompts}: record {number} has the {column} {record[column]!r:.80}; text is needed."
+            )
+    return records
+
+
+def _turns(record: dict[str, Any]) -> list[Any]:
+    """What the user says, one turn after the other."""
+    from ..data import prompt_text
+
+    if record.get("turns") is not None:
+        return record["turns"] if isinstance(record["turns"], list) else []
+    return [prompt_text(record, "--prompts")] if isinstance(record.get("instruction"), str) else []
+
+
+def _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penalty) -> Iterator[dict[str, Any]]:
+    """The batch's records with their completions: `output` of an instruction, `choices` of turns."""
+    said: list[list[str]] = [[] for _ in batch]
+    turns = [_turns(record) for record in batch]
+    for turn in range(max(map(len, turns))):
+        rows = [row for row in range(len(batch)) if turn < len(turns[row])]
+        prompts = [_prompt(turns[row][: turn + 1], said[row], tokenizer) for row in rows]
+        completions = complete(network, tokenizer, prompts, max_new_tokens, repetition_penalty)
+        for row, completion in zip(rows, completions, strict=True):
+            said[row].append(completion)
+    for record, completions in zip(batch, said, strict=True):
+        if record.get("turns") is None:
+            yield _given(record) | {"output": completions[0], "generator": model}
+        else:
+            yield _given(record) | {"choices": [{"index": 0, "turns": completions}], "model_id": model}
+
+
+def _given(record: dict[str, Any]) -> dict[str, Any]:
+    """A prompt's record without the fields that its completion sets, which some files of prompts have already."""
+    set_here = ("output", "generator") if record.get("turns") is None else ("choices", "model_id")
+    return {key: value for key, value in record.items() if key not in set_here}
+
+
+def _prompt(turns: list[str], completions: list[str], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+    from ..data import plain_prompt
+
+    if not tokenizer.chat_template:
+        parts = [plain_prompt(turn) + said for turn, said in zip(turns, [*completions, ""], strict=True)]
+        return "\n\n".join(parts)
+    messages = [{"role": "user", "content": turn} for turn in turns]
+    for index, completion in enumerate(completions):
+        messages.insert(2 * index + 1, {"role": "assistant", "content": completion})
+    return messages
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+def _begun(lines: Path, records: list[dict[str, Any]], prompts: str) -> tuple[list[Any], int]:
+    """The whole records of a file that may have been cut off inside one, and the bytes that they take."""
+    if not lines.exists():
+        return [], 0
+    *whole, tail = lines.read_bytes().split(b"\n")  # not splitlines(), which splits inside a string at U+2028
+    try:
+        done = [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise DatasetError(f"`--output` {lines} is no output of this command. Move it away first.") from error
+    expected = _line(_given(records[len(done)]))[:-2] if len(done) < len(records) else b""
+    if tail[: len(expected)] != expected[: len(tail)] or (tail and not expected):
+        raise DatasetError(f"`--output` {lines} does not end in a completion of {prompts}. Move it away first.")
+    return done, sum(len(line) + 1 for line in whole)
+
+
+def _check_own(done: list[Any], records: list[dict[str, Any]], model: str, prompts: str, file: Path) -> None:
+    """Refuse a file that has something else than `model`'s completions of the first of `records`."""
+    for number, record in enumerate(done):
+        made = {"output", "generator"}, {"choices", "model_id"}
+        if not isinstance(record, dict) or not any(keys <= record.keys() for keys in made):
+            raise DatasetError(f"`--output` {file} is no output of this command. Move it away first.")
+        by = record.get("generator", record.get("model_id"))
+        if by != model:
+            raise DatasetError(f"`--output` {file} has completions by {by}, not by {model}. Name another file.")
+        if number >= len(records) or any(record.get(k) != v for k, v in _given(records[number]).items()):
+            raise DatasetError(
+                f"`--output` {file} has completions of other prompts than {prompts}. Move it away first."
+            )

@@ -1,0 +1,342 @@
+"""`neftune-hf sft`: TRL's supervised fine-tuning with NEFTune."""
+
+import argparse
+import difflib
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from ..sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
+
+_RATIO = "neftune/noise_to_embedding_db"
+
+
+def run(argv: Sequence[str]) -> None:
+    """Fine-tune with TRL and NEFTune, from a YAML file and the command line, and sum up the run.
+
+    Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig is an
+    option and a key of the YAML file.
+    """
+    settings = _check_files(argv)
+    script_args, training_args, model_args, mixture, launch = _parse(argv, settings)
+    if launch.num_processes is not None and launch.num_processes < 1:
+        raise NEFTuneConfigError(f"`num_processes` is {launch.num_processes}, and must be at least 1.")
+    if (launch.accelerate_config or launch.num_processes) and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return _launch(launch, argv)
+    _check(script_args, training_args, model_args, mixture)
+
+    import torch
+    from trl import get_peft_config, get_quantization_config
+
+    from ..sft import NEFTuneSFTTrainer
+
+    tokenizer = _tokenizer(model_args, training_args)
+    with training_args.main_process_first():
+        train, test = _data(script_args, training_args, mixture, tokenizer)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    trainer = NEFTuneSFTTrainer(
+        model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    example = next(iter(test)) if test is not None else None
+    before = _completion(example, trainer)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    after = _completion(example, trainer)
+    trainer.save_model()
+    # The card links a data set of the hub; a mixture or a file of one's own has no page there.
+    is_local = mixture.datasets or Path(script_args.dataset_name).exists()
+    dataset = None if is_local else script_args.dataset_name
+    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset)
+    if trainer.is_world_process_zero():
+        _name_local(Path(training_args.output_dir) / "README.md")
+        print(summary(trainer, example, before, after))
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before: str | None, after: str | None) -> str:
+    """The run, a line each: embeddings, noise, parameters, losses, a completion, where the result is."""
+    from accelerate.utils import is_peft_model
+
+    args, run, history = trainer.args, trainer.neftune_callback.run, trainer.state.log_history
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    lines = ["", "NEFTune summary"]
+    for path, embedding in run.embeddings.items():
+        lines.append(f"  embedding      {embedding}, noised in {run.noised_forwards[path]:,} forward passes")
+    if run.embeddings:
+        config = run.config
+        noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"
+        if logged := [10 ** (entry[_RATIO] / 10) for entry in history if _RATIO in entry]:
+            db = 10 * math.log10(sum(logged) / len(logged))
+            noise += f": {10 ** (db / 20):.3f} of the embeddings' RMS ({db:+.1f} dB), "
+            noise += "measured on a sample of the training tokens"
+        lines.append(f"  noise          {noise}")
+    else:
+        lines.append("  noise          off (neftune_noise_alpha is None or 0)")
+    lines.append(f"  trainable      {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
+    if losses := [entry["eval_loss"] for entry in history if "eval_loss" in entry]:
+        first = f"{losses[0]:.4f} before, " if args.eval_on_start else ""
+        lines.append(f"  held-out loss  {first}{losses[-1]:.4f} after (noise off)")
+    if before is not None:
+        prompt = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
+        lines += [
+            "",
+            f"  prompt: {prompt}",
+            "",
+            f"  completion before: {before}",
+            "",
+            f"  completion after:  {after}",
+            "",
+        ]
+    kind = "adapter" if is_peft_model(trainer.model) else "model"
+    lines.append(f"  {kind} saved in {args.output_dir}")
+    return "\n".join(lines)
+
+
+def _name_local(file: Path) -> None:
+    """Give TRL's model card a name where it has None: for a model, or a base, that is not on the hub."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(file)
+    for none, name in {
+        "# Model Card for None": f"# Model Card for {file.parent.name}",
+        "[None](https://huggingface.co/None)": "a local model",
+        'model="None"': f'model="{file.parent}"',
+    }.items():
+        card.text = card.text.replace(none, name)
+    card.save(file)
+
+
+def _completion(example: dict[str, Any] | None, trainer: "NEFTuneSFTTrainer") -> str | None:
+    """The model's completion of `example`'s prompt; None without a prompt, and for weights sharded over processes."""
+    from .generate import complete
+
+    if example is None or "prompt" not in example or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    return complete(trainer.model, trainer.processing_class, [example["prompt"]], max_new_tokens=96)[0]
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("neftune-hf sft")
+    group.add_argument("--config", metavar="FILE", help="YAML with any of the options; the command line overrides it")
+    group.add_argument(
+        "--accelerate_config",
+        metavar="CONFIG",
+        help="launch with accelerate: a file of `accelerate config`, or one of TRL's by name, such as zero3 or fsdp2",
+    )
+    group.add_argument("--num_processes", type=int, metavar="N", help="launch N processes with accelerate")
+
+
+def _refuse(message: str) -> NoReturn:
+    """In place of argparse's own, which prints the usage of some 200 options first."""
+    raise NEFTuneConfigError(re.sub(r"^argument (--\w+)\S*:", r"`\1`:", message))
+
+
+def _check_files(argv: Sequence[str]) -> dict[str, Any]:
+    """Refuse files that are missing or malformed before the imports of a run, which take seconds.
+
+    Returns:
+        `dict`: What the YAML file says.
+    """
+    import yaml
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _refuse
+    parser.add_argument("--config")
+    parser.add_argument("--dataset_name", "--dataset-name")
+    given, _ = parser.parse_known_args(argv)
+    settings = {}
+    if given.config is not None:
+        try:
+            settings = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise NEFTuneConfigError(f"`config`: {given.config} cannot be read: {error.strerror}.") from error
+        except (ValueError, yaml.YAMLError) as error:
+            raise NEFTuneConfigError(f"`config` {given.config} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise NEFTuneConfigError(
+                f"`config` {given.config} holds a {type(settings).__name__}; write `key: value` lines."
+            )
+    name = given.dataset_name or settings.get("dataset_name")
+    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")) and not Path(name).is_file():
+        raise DatasetError(f"`dataset_name`: there is no file {name}.")
+    return settings
+
+
+def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
+    """TRL's parser over a YAML file and options; an unknown name is an error with the nearest known one."""
+    try:
+        from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+        from ..sft import NEFTuneSFTConfig
+    except ModuleNotFoundError:
+        parser = argparse.ArgumentParser(
+            prog="neftune-hf sft",
+            description=run.__doc__,
+            epilog='They are listed here once TRL is installed: pip install "neftune_hf[trl]".',
+        )
+        _add_options(parser)
+        parser.parse_known_args(argv)  # answers --help
+        raise
+    parser = TrlParser(
+        (ScriptArguments, NEFTuneSFTConfig, ModelConfig, DatasetMixtureConfig),
+        prog="neftune-hf sft",
+        allow_abbrev=False,  # an unknown name is refused, and not read as a longer one
+        usage="%(prog)s --config FILE [--OPTION VALUE ...]",
+        description=run.__doc__,
+    )
+    _add_options(parser)
+    parser.error = _refuse
+    known = {action.dest for action in parser._actions} | {"env"}  # TRL sets the environment from the file's `env`
+    _, words = parser.parse_known_args(argv)
+    on_line = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")] or words
+    in_file = [str(key) for key in settings if key not in known]
+    for unknown, where in ((in_file, "the config file"), (on_line, "the command line")):
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else " See `neftune-hf sft --help` for the fields."
+            raise NEFTuneConfigError(f"`{unknown[0]}` in {where} is not a field of this command.{hint}")
+    try:
+        return parser.parse_args_and_config(argv)
+    except NEFTuneError:
+        raise
+    except (TypeError, ValueError) as error:  # a dataclass refuses its values
+        message = " ".join(str(error).split())
+        if "support bf16" in message:
+            message = (
+                "`bf16` is true, which is TRL's default, and this machine has no GPU with bfloat16. Set `bf16: false`."
+            )
+        raise NEFTuneConfigError(message) from error
+
+
+def _launch(launch: argparse.Namespace, argv: Sequence[str]) -> None:
+    """The same command in the processes of `accelerate launch`, as `trl sft` starts them."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config")
+    parser.add_argument("--num_processes")
+    _, rest = parser.parse_known_args(argv)
+    options = ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
+    if launch.accelerate_config:
+        try:
+            options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
+        except ValueError as error:
+            raise NEFTuneConfigError(f"`accelerate_config`: {error}") from error
+    launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", "sft", *rest]))
+
+
+def _check(
+    script_args: "ScriptArguments",
+    training_args: "NEFTuneSFTConfig",
+    model_args: "ModelConfig",
+    mixture: "DatasetMixtureConfig",
+) -> None:
+    """Refuse what is bound to fail, before a model is loaded."""
+    checkpoint = training_args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+        raise NEFTuneConfigError(
+            f"`resume_from_checkpoint` is {checkpoint}, and there is no such folder. Name a checkpoint of "
+            "`output_dir`, or leave it out to start anew."
+        )
+    if model_args.model_name_or_path is None or not (script_args.dataset_name or mixture.datasets):
+        raise NEFTuneConfigError(
+            "`model_name_or_path` and `dataset_name` (or `datasets`) are both needed, in --config FILE or as options."
+        )
+    if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps <= 0:
+        raise NEFTuneConfigError("A stream has no length: give `max_steps`, or set `dataset_streaming: false`.")
+    if mixture.streaming and mixture.test_split_size is not None:
+        raise NEFTuneConfigError("`test_split_size` needs the length of the data: set `streaming: false`.")
+    if model_args.use_peft:
+        import peft  # noqa: F401  absent, it is named with its extra
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        import bitsandbytes  # noqa: F401
+    if training_args.push_to_hub and training_args.process_index == 0:
+        from huggingface_hub import whoami
+
+        try:
+            whoami(training_args.hub_token)
+        except Exception as error:  # of httpx, of the hub and of the system, as the hub is out of reach in many ways
+            raise NEFTuneConfigError(
+                f"`push_to_hub` is true, and the hub does not let us in: {first_line(error)} "
+                "Log in with `hf auth login`, or set `push_to_hub: false`."
+            ) from error
+
+
+def _tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    name = model_args.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise NEFTuneConfigError(
+            f"`model_name_or_path` is {name}, and no tokenizer is found there: {first_line(error)}"
+        ) from error
+
+
+def _data(
+    script_args: "ScriptArguments",
+    training_args: "NEFTuneSFTConfig",
+    mixture: "DatasetMixtureConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> tuple["Dataset", "Dataset | None"]:
+    """The training set and, where there is evaluation, the test set, ready for TRL."""
+    from trl import get_dataset
+    from trl.data_utils import get_dataset_column_names
+
+    from ..data import dataset_errors, keep_usable, load_instructions, to_prompt_completion
+
+    argument, name = "dataset_name", script_args.dataset_name
+    if mixture.datasets:  # as in TRL, it goes before `dataset_name`
+        argument, name = "datasets", ", ".join(str(part.data_files or part.path) for part in mixture.datasets)
+        with dataset_errors(argument, name):
+            splits = get_dataset(mixture)
+    else:
+        splits = load_instructions(name, script_args.dataset_config, script_args.dataset_streaming)
+    wanted = [script_args.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        wanted.append(script_args.dataset_test_split)
+    if missing := set(wanted) - set(splits):
+        raise NEFTuneConfigError(
+            f"`{argument}` {name} has the splits {', '.join(splits)}, not {', '.join(sorted(missing))}. "
+            "Name them with `dataset_train_split` and `dataset_test_split`, or set `eval_strategy: no`."
+        )
+    # Where TRL cuts a record elsewhere than at `max_length` tokens from its start, none is too long.
+    wraps = training_args.packing and training_args.packing_strategy != "bfd"
+    limit = training_args.max_length if training_args.truncation_mode == "keep_start" and not wraps else None
+    ready, field = [], training_args.dataset_text_field
+    training_args.dataset_text_field = "text"
+    for split in wanted:
+        called, data = f"{name} ({split})", splits[split]
+        if field != "text" and field in get_dataset_column_names(data):  # a column that the user has named goes first
+            data = data.select_columns([field]).rename_column(field, "text")
+        pairs = to_prompt_completion(data, called, bool(tokenizer.chat_template))
+        ready.append(keep_usable(pairs, called, tokenizer, limit))
+    return ready[0], ready[1] if len(ready) > 1 else None

@@ -1,0 +1,84 @@
+"""The command itself: quick help, versions, one line for what is missing, and a layout that nothing leans on."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+import neftune_hf
+from neftune_hf.cli import main
+
+from ..conftest import ROOT
+from ..records import write
+
+WITHOUT_EXTRAS = "import sys\nfor name in ('trl', 'datasets', 'peft', 'bitsandbytes'): sys.modules[name] = None\n"
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_help_loads_nothing_heavy():
+    """`--help` answers at once, because neither torch nor what stands on it is imported."""
+    result = python(
+        "import sys\nfrom neftune_hf.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets') if m in sys.modules])"
+    )
+    assert "usage: neftune-hf" in result.stdout
+    for command in ("sft", "inspect", "generate", "env"):
+        assert f"\n    {command} " in result.stdout
+    assert result.stdout.endswith("[]\n")
+
+
+def test_python_m_is_the_same_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "neftune_hf", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"neftune_hf {neftune_hf.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["sft", "inspect", "generate", "env"])
+def test_help_of_a_command_needs_no_extra(command):
+    result = python(WITHOUT_EXTRAS + f"from neftune_hf.cli import main\nmain(['{command}', '--help'])")
+    assert result.returncode == 0, result.stderr
+    assert f"usage: neftune-hf {command}" in result.stdout
+    if command == "sft":
+        for part in ("--config FILE", "--accelerate_config CONFIG", 'pip install "neftune_hf[trl]"'):
+            assert part in result.stdout
+
+
+@pytest.mark.parametrize("command", ["sft", "generate"])
+def test_a_missing_extra_is_one_line(command, tmp_path):
+    prompts = write(tmp_path / "prompts.json", [{"instruction": "x"}])
+    arguments = [command, *(["x", "--prompts", prompts, "-o", "o.json"] if command == "generate" else [])]
+    result = python(WITHOUT_EXTRAS + f"from neftune_hf.cli import main\nsys.exit(main({arguments}))")
+    assert result.returncode == 2
+    assert f"neftune-hf: `{command}` needs " in result.stderr
+    assert 'pip install "neftune_hf[trl]"' in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_file_of_prompts_is_refused_before_the_imports():
+    arguments = ["generate", "x", "--prompts", "absent.json", "-o", "o.json"]
+    result = python(f"import sys\nfrom neftune_hf.cli import main\nmain({arguments})\nprint('torch' in sys.modules)")
+    assert result.stdout == "False\n"
+    assert "`--prompts`: there is no file absent.json" in result.stderr
+
+
+def test_env_names_versions_and_the_device(capsys):
+    assert main(["env"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    for name in ("torch", "transformers", "trl", "peft"):
+        assert lines[name] == importlib.metadata.version(name)
+    assert lines["device"] == "cpu"
+    assert len(lines) < 20
+
+
+def test_nothing_outside_imports_the_command():
+    for file in (ROOT / "neftune_hf").glob("*.py"):
+        if file.stem != "__main__":
+            imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+            assert not [node for node in imports if (node.module or "").split(".")[0] == "cli"], file
