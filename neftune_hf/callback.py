@@ -20,11 +20,19 @@ _callbacks: "weakref.WeakSet[NEFTuneCallback]" = weakref.WeakSet()
 
 
 class NEFTuneRun(NamedTuple):
-    """What is kept of a run when it has ended, without the model: settings, embeddings, noised forward passes."""
+    """What is kept of a run when it has ended, without the model.
+
+    Attributes:
+        config: The settings, the trainer's among them.
+        embeddings: The embeddings by their paths, as the log names them.
+        noised_forwards: Noised forward passes of each.
+        noise_to_embedding_db: The ratio since the last log, if there was a pass.
+    """
 
     config: NEFTuneConfig
     embeddings: dict[str, str]
     noised_forwards: dict[str, int]
+    noise_to_embedding_db: float | None
 
 
 class NEFTuneCallback(TrainerCallback):
@@ -160,7 +168,7 @@ class NEFTuneCallback(TrainerCallback):
     def _record_run(self) -> None:
         handle = self.handle
         sites = {site.path: str(site) for site in handle.sites}
-        self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards)
+        self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards, handle.noise_to_embedding_db)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"handle": None, "on_resolved": _ignore, "_of_trainer": _none, "_of_model": _none}

@@ -1,6 +1,5 @@
-"""The shape of the project: the order of the rooms, what an import loads, and what README promises."""
+"""What an import loads, the public names, and the tests that README names."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -10,51 +9,6 @@ import pytest
 import neftune_hf
 
 from .conftest import ROOT
-
-PACKAGE = ROOT / "neftune_hf"
-# fmt: off
-ROOMS = ["errors", "config", "noise", "fused", "kernels", "lengths", "embeddings", "hook", "callback", "card",
-         "trainer", "patch", "axolotl", "sft", "data"]
-# fmt: on
-CORE = [room for room in ROOMS if room != "data"]
-
-
-def imports(source: str) -> tuple[set[str], set[str]]:
-    """Rooms and packages that a module imports, anywhere in it."""
-    rooms, packages = set(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            rooms |= {node.module} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            packages.add(node.module.split(".")[0])
-        elif isinstance(node, ast.Import):
-            packages |= {alias.name.split(".")[0] for alias in node.names}
-    return rooms, packages
-
-
-def test_the_reader_of_imports_sees_them():
-    assert imports("from .hook import a\nfrom . import noise\ndef f():\n    import trl.x") == (
-        {"hook", "noise"},
-        {"trl"},
-    )
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_rooms_before_it(room):
-    rooms, packages = imports((PACKAGE / f"{room}.py").read_text())
-    assert rooms <= set(ROOMS[: ROOMS.index(room)])
-    if ROOMS.index(room) < ROOMS.index("sft"):
-        assert not packages & {"trl", "peft", "datasets"}
-
-
-def test_every_module_is_a_room():
-    assert {file.stem for file in PACKAGE.glob("*.py")} == {*ROOMS, "__init__", "__main__"}
-
-
-def test_sizes():
-    lines = {file.stem: len(file.read_text().splitlines()) for file in PACKAGE.glob("*.py")}
-    assert max(lines.values()) < 400
-    assert sum(lines[room] for room in CORE) < 1550
 
 
 def loaded_by(code: str) -> set[str]:

@@ -86,7 +86,7 @@ def test_a_yaml_file_gives_its_alpha_and_noise_type(model_folder, tmp_path, caps
     (report,) = json.loads(capsys.readouterr().out)
     assert list(report["alphas"]) == ["7.0"]
     assert report["noise_type"] == "gaussian"
-    assert report["alphas"]["7.0"]["noise_rms"] == pytest.approx(noise_rms(7, "gaussian", 512, D))
+    assert report["alphas"]["7.0"]["noise_rms"] == pytest.approx(noise_rms(7, 512, D))
     assert cli.main(["inspect", str(file)]) == 0
     assert "alpha 7         gaussian noise, RMS" in capsys.readouterr().out
 
