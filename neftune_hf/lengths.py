@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import NEFTuneWarning
-from .noise import SequenceLayout, token_hash
+from .noise import SequenceLayout, fusion_barrier, token_hash
 
 LAYOUT_ARGUMENTS = ("attention_mask", "position_ids", "cu_seq_lens_q")
 _IGNORED_LABEL = -100
@@ -164,12 +164,12 @@ def layout_of_call(call: CallArguments) -> SequenceLayout:
     # A sequence is named after the place of its first token in the flattened batch.
     first = torch.where(begins, column, 0).cummax(dim=1).values
     count = real.cumsum(dim=1)
-    positions = (count - count.gather(1, first)) * real
+    positions = fusion_barrier((count - count.gather(1, first)) * real)
     sequence = (first + torch.arange(batch, device=ids.device).unsqueeze(1) * width).flatten()
     totals = torch.zeros(2, batch * width, dtype=torch.int64, device=ids.device)
     addends = torch.stack([real.long(), token_hash(ids.long(), positions) * real]).view(2, -1)
     totals = totals.scatter_add(1, sequence.expand(2, -1), addends)
-    lengths, hashes = totals.gather(1, sequence.expand(2, -1)).view(2, batch, width) * real
+    lengths, hashes = fusion_barrier(totals.gather(1, sequence.expand(2, -1)).view(2, batch, width) * real)
     return SequenceLayout(lengths, positions, hashes)
 
 
