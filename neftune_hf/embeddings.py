@@ -153,8 +153,12 @@ def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
 
 def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
     """What the model names as its input embedding; the modules tied to it, where it only holds their weight."""
-    embedding = _ask(text_model)
-    if embedding is None or (table := _table(embedding)) is None:
+    from transformers import PreTrainedConfig
+
+    embedding, config = _ask(text_model), getattr(text_model, "config", None)
+    # A vision tower has an embedding too, of its patches' positions.
+    is_text = not isinstance(config, PreTrainedConfig) or getattr(config.get_text_config(), "vocab_size", None)
+    if embedding is None or (table := _table(embedding)) is None or not is_text:
         return []
     holders = [name for name, module in text_model.named_children() if module is embedding]
     tied = [
@@ -162,8 +166,7 @@ def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
         for module in text_model.modules()
         if isinstance(module, nn.Embedding) and module is not table and module.weight is table.weight
     ]
-    own_config = getattr(text_model, "config", None)
-    holds_only = holders == ["shared"] and not getattr(own_config, "is_encoder_decoder", False)  # T5EncoderModel
+    holds_only = holders == ["shared"] and not getattr(config, "is_encoder_decoder", False)  # T5EncoderModel
     return tied if holds_only and tied else [embedding]
 
 
@@ -178,7 +181,8 @@ def _ask(text_model: nn.Module) -> nn.Module | None:
         embedding = text_model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # a side that is a plain module, a speech encoder, no such model
         embedding = getattr(text_model, "embed_tokens", None)
-    return embedding if isinstance(embedding, nn.Module) else None  # Perceiver's are a bare parameter
+    # Perceiver's are a bare parameter, MusicGen's a list with one for each codebook.
+    return embedding if isinstance(embedding, nn.Module) and not isinstance(embedding, nn.ModuleList) else None
 
 
 def _table(embedding: nn.Module) -> nn.Embedding | None:
