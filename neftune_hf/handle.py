@@ -173,8 +173,7 @@ class NEFTuneHandle:
                     "noise twice. Call `remove()` on the first, or leave its `with` block."
                 )
             refuse_other_neftune(site.module)
-        for forward in self._forwards:
-            forward.put_on()
+        self._forwards = [forward.put_on() for forward in self._forwards]
         for site, hook in zip(self.sites, self._hooks, strict=True):
             remove_copied_hooks(site.module)
             self._removables.append(site.module.register_forward_hook(hook, with_kwargs=True))

@@ -113,8 +113,12 @@ class RecordedForward:
         self.replaced = module.__dict__.get("forward")
         functools.update_wrapper(self, module.forward)  # transformers and accelerate read its signature
 
-    def put_on(self) -> None:
+    def put_on(self) -> "RecordedForward":
+        """Replace the module's forward; where something else has replaced it meanwhile, by a wrapper of that one."""
+        if self.module.__dict__.get("forward") is not self.replaced:
+            return RecordedForward(self.module, self.number, self.state).put_on()
         self.module.forward = self
+        return self
 
     def take_off(self) -> None:
         """Restore what was there. Something that has wrapped this wrapper since keeps it, and it records in vain."""
