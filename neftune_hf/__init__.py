@@ -1,4 +1,4 @@
-"""NEFTune for Hugging Face, as its authors ran it."""
+"""NEFTune for Hugging Face: exact per-sequence noise for any model, adapter and trainer, in training steps only."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

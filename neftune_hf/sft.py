@@ -49,10 +49,13 @@ class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
     Example:
 
     ```python
-    >>> from neftune_hf import NEFTuneSFTTrainer
-    >>> NEFTuneSFTTrainer("facebook/opt-350m", train_dataset=dataset, neftune_noise_alpha=5).train()
+    from neftune_hf import NEFTuneSFTTrainer
+
+    NEFTuneSFTTrainer("facebook/opt-350m", train_dataset=dataset, neftune_noise_alpha=5).train()
     ```
     """
+
+    args: SFTConfig
 
     def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
         super()._warn_about_neftune(config)

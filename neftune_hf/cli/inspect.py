@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> None:
     if not 0 < arguments.length < math.inf:
         raise NEFTuneConfigError(f"`--length` is {arguments.length:g}, and must be positive: tokens in a sequence.")
     name, config = _settings(arguments.model)
-    alphas = (float(config.neftune_noise_alpha),) if config.enabled else ALPHAS
+    alphas = (float(config.neftune_noise_alpha),) if config.neftune_noise_alpha else ALPHAS
     reports = inspect_model(_model(name), arguments.length, alphas, config.neftune_noise_type)
     print(json.dumps(reports, indent=2) if arguments.json else inspection(reports))
 
@@ -114,7 +114,7 @@ def inspect_model(
     for site in sites:
         table = next(m for m in site.module.modules() if isinstance(m, nn.Embedding))
         named = model.named_parameters(remove_duplicate=False)
-        report = {
+        report: dict[str, Any] = {
             "path": site.path,
             "class": type(site.module).__name__,
             "embedding_dim": site.embedding_dim,
