@@ -135,7 +135,7 @@ def sweep(model_types=()):
             except NEFTuneError as error:
                 result = f"refused: {error}"
             except Exception as error:
-                result = f"{'fails' if model else 'not built'}: {type(error).__name__}: {error}"
+                result = f"{'fails' if model else 'not built'}: {type(error).__name__}"
             yield Row(task, model_type, type(model).__name__, sites, " ".join(result.split())[:300])
 
 
