@@ -18,7 +18,8 @@ install=("$python" -m pip install --quiet --disable-pip-version-check --constrai
 
 # Without extras: what needs none imports, and what does says which. -I: the wheel's modules, not the clone's.
 "$python" -I -c 'from neftune_hf import NEFTuneCallback, NEFTuneTrainerMixin, attach, patch_transformers'
-says_what_to_install() { { "$python" -I "$@" 2>&1 || true; } | grep 'pip install "neftune_hf\[trl\]"'; }
+"$python" -I -c 'from importlib.resources import files; assert (files("neftune_hf") / "py.typed").is_file()'
+says_what_to_install() { { "$python" -I "$@" 2>&1 || true; } | tail -1 | grep 'pip install "neftune_hf\[trl\]"'; }
 says_what_to_install -c 'from neftune_hf import NEFTuneSFTTrainer'
 says_what_to_install -m neftune_hf sft
 
