@@ -180,7 +180,7 @@ def test_a_loss_that_caches_embeddings_names_the_remedy():
             return gradient
 
         cached.register_hook(again)
-        with pytest.raises(NEFTuneError, match="no gradients.*caches embeddings"):
+        with pytest.raises(NEFTuneError, match=r"no gradients.*caches embeddings"):
             cached.square().sum().backward()
 
 

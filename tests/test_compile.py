@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import Trainer
 
 from neftune_hf import NEFTuneCallback, attach
 from neftune_hf.errors import NEFTuneWarning

@@ -37,8 +37,7 @@ def names(tmp_path, monkeypatch) -> dict:
     args = TrainingArguments(use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2)
     return {
         "Trainer": Trainer, "DPOTrainer": DPOTrainer, "neftune_hf": neftune_hf, "model": model, "args": args,
-        "dataset": dataset, "input_ids": ids, "attention_mask": torch.ones_like(ids),
-        "batches": [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}],
+        "dataset": dataset, "batches": [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}],
     }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ from neftune_hf.trainer import add_to_card
 from .conftest import VOCAB, D, byte_tokenizer, leftovers, tiny_llama, token_dataset
 from .helpers import Probe
 from .shrunken import shrunken_config
-from .test_trainer import COMMON, MixedTrainer, losses, make, train
+from .test_trainer import COMMON, MixedTrainer, make, train
 
 IDS = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
 GIVEN = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
@@ -115,8 +115,9 @@ class Pairs(torch.nn.Module):
 def test_a_second_lookup_of_another_width_is_noised():
     model = Pairs().train()
     rejected = torch.randint(3, VOCAB, (2, 9))
-    with attach(model, neftune_noise_alpha=5) as handle, pytest.warns(UserWarning, match="padded width"):
-        first, second = embedded(model, lambda: model(IDS, rejected, GIVEN["attention_mask"]))
+    with attach(model, neftune_noise_alpha=5) as handle:
+        with pytest.warns(UserWarning, match="padded width"):
+            first, second = embedded(model, lambda: model(IDS, rejected, GIVEN["attention_mask"]))
         assert handle.noised_forwards == {"embedding": 2}
     weight = model.embedding.weight.detach()
     assert rms_by_row(first - weight[IDS], (6, 4)) == pytest.approx([5, 5], rel=0.1)
@@ -170,12 +171,12 @@ def test_transformers_built_in_beside_a_handle_is_refused(order):
     model = tiny_llama().train()
     if order == "built-in first":
         activate_neftune(model, 5)
-        with pytest.raises(NEFTuneError, match="`neftune_post_forward_hook` of transformers.* doubled"):
+        with pytest.raises(NEFTuneError, match=r"`neftune_post_forward_hook` of transformers.* doubled"):
             attach(model, neftune_noise_alpha=5)
         return
     with attach(model, neftune_noise_alpha=5):
         activate_neftune(model, 5)
-        with pytest.raises(NEFTuneError, match="`neftune_post_forward_hook` of transformers.* doubled"):
+        with pytest.raises(NEFTuneError, match=r"`neftune_post_forward_hook` of transformers.* doubled"):
             model(**GIVEN)
 
 

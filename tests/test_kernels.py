@@ -253,7 +253,8 @@ for dtype in ("fp32", "bf16"):
     print(json.dumps(re.findall(r"(?:ld|st)[.]global[.a-z0-9]*|fma[.]rn[.]f32", ptx)))
 tensors = dict(ids="*i64", mask="*i64", positions="*i64", bounds="*i32", labels="*i64", tokens="*u8", sequence="*i64",
                position="*i64", totals="*i64")
-numbers = dict.fromkeys(["size", "width", "mask_row", "mask_column", "positions_row", "n_bounds", "ignored_label"], "i32")
+numbers = "size", "width", "mask_row", "mask_column", "positions_row", "n_bounds", "ignored_label"
+numbers = dict.fromkeys(numbers, "i32")
 names = ("MASK", "ADDITIVE", "POSITIONS", "LABELS", "TOKENS", "STEPS", "BLOCK")
 for values in (
     (2, False, True, False, False, 0), (3, True, False, False, True, 0), (0, False, True, True, True, 4),
