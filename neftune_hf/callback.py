@@ -63,13 +63,14 @@ class NEFTuneCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> from transformers import Trainer
-    >>> from neftune_hf import NEFTuneCallback
-    >>> Trainer(model, args, train_dataset=dataset, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)]).train()
+    from transformers import Trainer
+    from neftune_hf import NEFTuneCallback
+
+    Trainer(model, args, train_dataset=dataset, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)]).train()
     ```
     """
 
-    def __init__(self, **fields):
+    def __init__(self, **fields: Any):
         NEFTuneConfig(**fields)
         self.fields = fields
         self.handle: NEFTuneHandle | None = None
@@ -166,7 +167,8 @@ class NEFTuneCallback(TrainerCallback):
             self.handle = None
 
     def _record_run(self) -> None:
-        handle = self.handle
+        if (handle := self.handle) is None:
+            return
         sites = {site.path: str(site) for site in handle.sites}
         self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards, handle.noise_to_embedding_db)
 
@@ -200,7 +202,7 @@ def prepare_transformers() -> None:
     """
     if NEFTuneDefaultCallback in transformers.trainer.DEFAULT_CALLBACKS:
         return
-    transformers.trainer.DEFAULT_CALLBACKS.append(NEFTuneDefaultCallback)
+    transformers.trainer.DEFAULT_CALLBACKS.append(NEFTuneDefaultCallback)  # type: ignore[arg-type]
     activate, deactivate = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
 
     def activate_neftune(model, *args, **kwargs):

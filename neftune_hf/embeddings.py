@@ -78,8 +78,9 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     found = {}
     for text_model, (is_decoder, config) in asked.items():
         for embedding in _embeddings_that_run(text_model):
-            d = _table(embedding).embedding_dim
-            found[embedding] = d, is_decoder, _placeholders(config), getattr(config, "pad_token_id", None)
+            if (table := _table(embedding)) is not None:
+                pad = getattr(config, "pad_token_id", None)
+                found[embedding] = table.embedding_dim, is_decoder, _placeholders(config), pad
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(
@@ -95,7 +96,7 @@ def embedding_rms(site: EmbeddingSite) -> float | None:
     """RMS of the site's output, over up to 4,096 ids of its vocabulary; None where this process has not all weights."""
     table = _table(site.module)
     parameters = list(site.module.parameters())
-    if any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in parameters):
+    if table is None or any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in parameters):
         return None
     ids = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 4096), device=parameters[0].device)
     with torch.no_grad():
@@ -121,7 +122,7 @@ def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
 
 
 def forward_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of the module's forward, in order; of its class's where it was replaced by a looser one."""
+    """Names of the parameters of the module's forward, in order; of its class's where a looser one replaced it."""
     own = tuple(inspect.signature(module.forward).parameters)
     return own if "attention_mask" in own else tuple(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -133,14 +134,15 @@ def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
     """
     from transformers import PreTrainedModel
 
-    outermost, inner = [], set()
+    outermost: list[nn.Module] = []
+    inner: set[nn.Module] = set()
     for module in root.modules():
         if isinstance(module, PreTrainedModel) and module not in inner:
             outermost.append(module)
             inner.update(module.modules())
-    text_models = {}
+    text_models: dict[nn.Module, tuple[bool, Any]] = {}
     for model in outermost or [root]:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if isinstance(model, PreTrainedModel) and config.is_encoder_decoder:
             encoder, decoder = model.get_encoder(), model.get_decoder()
             if encoder in set(decoder.modules()):  # a composite whose text model is the encoder-decoder
@@ -161,7 +163,7 @@ def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
     if embedding is None or (table := _table(embedding)) is None or not is_text:
         return []
     holders = [name for name, module in text_model.named_children() if module is embedding]
-    tied = [
+    tied: list[nn.Module] = [
         module
         for module in text_model.modules()
         if isinstance(module, nn.Embedding) and module is not table and module.weight is table.weight
@@ -176,7 +178,7 @@ def _placeholders(config: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 
-def _ask(text_model: nn.Module) -> nn.Module | None:
+def _ask(text_model: Any) -> nn.Module | None:
     try:
         embedding = text_model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # a side that is a plain module, a speech encoder, no such model

@@ -5,7 +5,7 @@ import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -230,7 +230,7 @@ def arguments_of_call(
     if placeholders:
         # Some models put padding in the placeholders' stead before they look up.
         original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
-        text = functools.reduce(operator.and_, (original != placeholder for placeholder in placeholders))
+        text: Any = functools.reduce(operator.and_, (original != placeholder for placeholder in placeholders))
         call = replace(call, token_mask=text if call.token_mask is None else text & call.token_mask)
     return call
 
@@ -262,7 +262,7 @@ def _normalised_mask(mask: torch.Tensor, shape: torch.Size | tuple[int, int]) ->
     return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
 
 
-def _is_tensor(value: Any, dim: int) -> bool:
+def _is_tensor(value: Any, dim: int) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.dim() == dim
 
 

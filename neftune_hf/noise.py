@@ -1,4 +1,4 @@
-"""The noise as a pure function of the sequence: the formula in the paper's symbols, and the counter-based bits under it.
+"""The noise as a pure function of the sequence: the formula in the paper's symbols, and the counter-based bits of it.
 
     e' = e + alpha / sqrt(L * d) * u                                   (Jain et al. 2023, arXiv 2310.05914)
 
@@ -154,7 +154,7 @@ def noise_scale(lengths: torch.Tensor, d: int, neftune_noise_alpha: torch.Tensor
         lengths: Integers of any shape, each token's L.
         d: Embedding dimension.
     """
-    # In float64 and rounded once: torch's float32 square root on a CPU may be off by one in the last place, a GPU's is not.
+    # In float64 and rounded once: torch's float32 square root on a CPU may be off by a last place, a GPU's is not.
     wide = torch.float32 if lengths.device.type == "mps" else torch.float64
     alpha = torch.as_tensor(neftune_noise_alpha, dtype=torch.float32).to(wide)
     scale = (alpha / (lengths.clamp(min=1) * d).to(wide).sqrt()).float() * (lengths > 0)

@@ -5,6 +5,7 @@ import re
 import warnings
 import weakref
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import Trainer
@@ -123,7 +124,7 @@ def add_to_card(file: Path, run: NEFTuneRun) -> None:
     card.save(file)
 
 
-def _divides_by_a_clean_pass(trainer: "NEFTuneTrainerMixin") -> bool:
+def _divides_by_a_clean_pass(trainer: Any) -> bool:
     """RLOO and asynchronous GRPO always do; GRPO does unless each rollout is used once, in the step it is made for."""
     names, args = {cls.__name__ for cls in type(trainer).__mro__}, trainer.args
     if "GRPOTrainer" in names:

@@ -1,4 +1,4 @@
-"""`noise.add_noise` on the output of an embedding, by the fastest way that its device has, with an identity gradient."""
+"""`noise.add_noise` on the output of an embedding, by the fastest way its device has, with an identity gradient."""
 
 from importlib.util import find_spec
 
