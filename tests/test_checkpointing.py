@@ -144,6 +144,7 @@ def test_two_passes_over_one_batch_and_a_graph_that_is_kept():
     assert_equal(gradients(model_of(), run), gradients(model_of(), lambda model: run(model, checkpointed=False)))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_inside_a_checkpoint():
     torch._dynamo.reset()
 

@@ -55,6 +55,7 @@ def test_compiled_model_computes_the_same_noise():
         torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"fullgraph": True, "dynamic": True}])
 def test_noise_breaks_no_graph_and_adds_none(settings):
     """Over seven shapes: as many graphs as the model has without noise."""
@@ -81,6 +82,7 @@ def test_noise_breaks_no_graph_and_adds_none(settings):
 GIVEN = {"input_ids": torch.randint(3, VOCAB, (2, 6)), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
 
 
+@pytest.mark.slow
 def test_on_and_off_whatever_was_compiled_before():
     """Dynamo has no guards on hooks: code compiled without noise must not be used with it, nor the other way."""
     torch._dynamo.reset()
@@ -105,6 +107,7 @@ def test_on_and_off_whatever_was_compiled_before():
     assert leftovers(model) == []
 
 
+@pytest.mark.slow
 def test_a_baseline_run_and_then_a_noised_one(tmp_path):
     """In one process, of one class, compiled."""
     torch._dynamo.reset()

@@ -14,6 +14,8 @@ from neftune_hf.noise import noise_key
 from .conftest import ROOT
 from .test_trainer import COMMON
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_noise_does_not_know_the_rank_and_a_resumed_run_is_the_same(tmp_path, kind):

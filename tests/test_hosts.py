@@ -319,6 +319,7 @@ def test_a_log_before_there_is_a_history(tmp_path):
 # The host's contracts
 
 
+@pytest.mark.slow
 def test_importing_and_constructing_change_no_other_trainer():
     code = (
         "import transformers.trainer as t; before = list(t.DEFAULT_CALLBACKS), t.activate_neftune\n"

@@ -266,6 +266,7 @@ for values in (
 """
 
 
+@pytest.mark.slow
 def test_tritons_kernels_compile_for_an_h100():
     """With or without one here: each thread loads its 32 embeddings once, adds, and stores them once."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -281,6 +282,7 @@ def test_tritons_kernels_compile_for_an_h100():
     assert all(int(size) > 1000 for size in layouts)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager(dtype, noise_type):
