@@ -84,7 +84,7 @@ def reference():
     return noise_of(LAYOUTS["alone, in micro-batches"])
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled", "triton"])
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow), "triton"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bits_do_not_depend_on_the_layout(layout, how, reference, monkeypatch):
     if how == "compiled":
@@ -139,6 +139,7 @@ def test_a_training_step_has_the_loss_of_the_padded_one(way, padded_step, tmp_pa
     assert norm == pytest.approx(padded_step[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_of_one(padded_step, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -130,7 +130,6 @@ def unit_noise_of(rows, width, d, seed=0, key=None, noise_type="uniform"):
     return unit_noise(words, noise_type).flatten(0, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("noise_type", list(MOMENTS))
 def test_moments_over_ten_million_draws(noise_type):
     u = unit_noise_of(20, 128, 4096, noise_type=noise_type).double()
@@ -209,7 +208,6 @@ def test_draws_are_independent():
     assert 0.8 < scores[:-1].std() < 1.2
 
 
-@pytest.mark.slow
 def test_steps_embeddings_seeds_and_sequences_are_independent():
     u = unit_noise_of(40, 64, 4096)
     keys = [noise_key(1, step=1), noise_key(1, step=2**32), noise_key(1, embedding=1), noise_key(2), noise_key(2**32)]
@@ -247,7 +245,6 @@ def lagged(n, taps, combine):
     return (x - 2**31).to(torch.int32)
 
 
-@pytest.mark.slow
 def test_the_test_of_independence_sees_bad_generators():
     pool = torch.rand(2**16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     offsets = torch.randint(0, 2**16 - 1024, (1024,), generator=torch.Generator().manual_seed(1))
