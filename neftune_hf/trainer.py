@@ -32,8 +32,9 @@ class NEFTuneTrainerMixin:
     transformers' built-in NEFTune is off. Whatever ends `train()`, the model is clean afterwards.
 
     With `neftune_symmetric`, each micro-batch is passed twice, with e + s and with e - s, and its loss is the mean of
-    the two: loss and gradients are those of a batch that has both, in the memory of one pass. The trainer's own
-    `training_step` and `compute_loss` run twice; tokens are counted once, TRL's other metrics are means over the two.
+    the two: loss and gradients are those of a batch that has both, in the memory that gradient accumulation takes. The
+    trainer's own `training_step` and `compute_loss` run twice; tokens are counted once, TRL's other metrics are means
+    over the two.
 
     Args:
         *args, **kwargs: Those of the trainer. Fields of [`NEFTuneConfig`] may be given as keywords too.

@@ -8,7 +8,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.utils.checkpoint import CheckpointError, checkpoint
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+)
 from trl import SFTTrainer
 
 from neftune_hf import (
@@ -19,6 +29,7 @@ from neftune_hf import (
     NEFTuneTrainerMixin,
     add_noise,
     attach,
+    find_input_embeddings,
 )
 from neftune_hf.errors import NoNoiseError
 from neftune_hf.kernels import add_noise_to_call, cpu
@@ -154,26 +165,30 @@ def test_half_a_pair_is_refused():
 def test_a_checkpoint_repeats_its_pass_with_its_sign():
     """Of the whole model: its embedding runs again in backward."""
 
-    def gradients(checkpointed, inside):
+    def gradients(loss_of, inside=True):
         model = tiny_llama(attention_dropout=0.0).train()
         with attach(model, neftune_seed=3, **PAIRS) as handle:
-            for sign in (1, -1):
-                with handle.negated() if sign < 0 else handle:
-                    call = (lambda: checkpoint(lambda: model(**GIVEN).loss, use_reentrant=False)) if checkpointed else (
-                        lambda: model(**GIVEN).loss
-                    )  # fmt: skip
-                    loss = call() / 2
-                    if inside:
-                        loss.backward()
-                handle.attach()
-                if not inside:
+            (loss_of(model) / 2).backward()
+            with handle.negated():
+                loss = loss_of(model) / 2
+                if inside:
                     loss.backward()
+            if not inside:
+                loss.backward()
         return [p.grad for p in model.parameters()]
 
-    for a, b in zip(gradients(True, inside=True), gradients(False, inside=True), strict=True):
+    def plain(model):
+        return model(**GIVEN).loss
+
+    def checkpointed(model):
+        return checkpoint(lambda: plain(model), use_reentrant=False)
+
+    for a, b in zip(gradients(checkpointed), gradients(plain), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(gradients(plain, inside=False), gradients(plain), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(CheckpointError, match="different metadata"):
-        gradients(True, inside=False)
+        gradients(checkpointed, inside=False)
 
 
 def test_a_compiled_model_has_no_further_graph():
@@ -391,6 +406,36 @@ def test_preference_trainers_have_both_signs(name, tmp_path, model_folder):
     compare(gradients[0], gradients[1], rtol=1e-6)
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5, abs=1e-7)
     assert tokens[0] == tokens[2]
+
+
+def test_both_sides_of_a_sequence_to_sequence_model_are_negated(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, decoder_start_token_id=2, pad_token_id=2, **sizes))
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7, 1], [8, 1]] * 4, "labels": [[9, 1], [5, 6, 1]] * 4})
+    args = Seq2SeqTrainingArguments(str(tmp_path), **COMMON | {"max_steps": 2})
+    collator, seen = DataCollatorForSeq2Seq(byte_tokenizer(), model), []
+    trainer = type("Ours", (NEFTuneTrainerMixin, Seq2SeqTrainer), {})(
+        model, args, data_collator=collator, train_dataset=data, **PAIRS
+    )
+
+    class Look(TrainerCallback):  # after NEFTune's hooks are on
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.hooks = [site.module.register_forward_hook(self.look) for site in find_input_embeddings(model)]
+
+        def look(self, module, args, e):
+            seen.append((e - module.weight[args[0]]).detach())
+
+        def on_step_end(self, args, state, control, **kwargs):
+            for hook in self.hooks:
+                hook.remove()
+
+    trainer.add_callback(Look())
+    train(trainer)
+    assert len(seen) == 8
+    for first in (0, 1, 4, 5):  # encoder and decoder with +, then both with -
+        assert seen[first].abs().max() > 0.1
+        torch.testing.assert_close(seen[first], -seen[first + 2], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])
