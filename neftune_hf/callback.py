@@ -57,7 +57,7 @@ class NEFTuneCallback(TrainerCallback):
         NEFTuneConfigError: A setting is out of range, or the args say otherwise.
         EmbeddingNotFoundError: The model has no token embeddings.
         NEFTuneError: The Trainer has two of these callbacks, or one process runs the model on several GPUs
-            (`torch.nn.DataParallel`).
+            (`torch.nn.DataParallel`), or `neftune_symmetric` is True without [`NEFTuneTrainerMixin`].
         NoNoiseError: A step ended and an embedding was not noised in it.
 
     Example:
@@ -75,7 +75,7 @@ class NEFTuneCallback(TrainerCallback):
         self.fields = fields
         self.handle: NEFTuneHandle | None = None
         self.run: NEFTuneRun | None = None
-        self.on_resolved: Callable[[NEFTuneConfig], None] = _ignore
+        self.on_resolved: Callable[[NEFTuneConfig], None] = _refuse_pairs  # the mixin, which runs them, sets its own
         self._of_trainer: Callable[[], Any] = _none  # weak references to the trainer's control and model
         self._of_model: Callable[[], Any] = _none
         self._gives_way = False
@@ -114,11 +114,12 @@ class NEFTuneCallback(TrainerCallback):
         self._record_run()
         if self.handle.sites and state.is_world_process_zero:
             logger.info(
-                "NEFTune: %s noise, alpha %g (%s), on %s%s",
+                "NEFTune: %s noise, alpha %g (%s), on %s%s%s",
                 config.neftune_noise_type,
                 config.neftune_noise_alpha,
                 config.neftune_schedule,
                 ", ".join(map(str, self.handle.sites)),
+                "; symmetric pairs: two passes a step" if config.neftune_symmetric else "",
                 "; it takes the place of transformers' built-in" if replaced or args.neftune_noise_alpha else "",
             )
 
@@ -173,7 +174,7 @@ class NEFTuneCallback(TrainerCallback):
         self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards, handle.noise_to_embedding_db)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"handle": None, "on_resolved": _ignore, "_of_trainer": _none, "_of_model": _none}
+        return self.__dict__ | {"handle": None, "on_resolved": _refuse_pairs, "_of_trainer": _none, "_of_model": _none}
 
 
 class NEFTuneDefaultCallback(TrainerCallback):
@@ -229,8 +230,12 @@ def _remove_builtin(model: nn.Module) -> bool:
     return found
 
 
-def _ignore(config: NEFTuneConfig) -> None:
-    pass
+def _refuse_pairs(config: NEFTuneConfig) -> None:
+    if config.enabled and config.neftune_symmetric:
+        raise NEFTuneError(
+            "`neftune_symmetric` is True, and a callback cannot pass a batch twice. Use `NEFTuneSFTTrainer`, or write "
+            "`class MyTrainer(NEFTuneTrainerMixin, Trainer)`, or set `neftune_symmetric=False`."
+        )
 
 
 def _none() -> None:

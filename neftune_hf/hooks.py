@@ -30,7 +30,8 @@ class EmbeddingState:
     Tensors are updated in place: a compiled graph takes them as inputs and need not be compiled anew.
 
     Attributes:
-        alpha, key: 0-d float32 and int64, for the present step.
+        alpha, key: 0-d float32 and int64, for the present step. Alpha is below zero in the second pass of a pair.
+        negated: The same for eager code, which must not read alpha back from a device.
         power: (2,) float32, the summed powers of noise and embeddings over a sample of tokens, since the last reset.
         noised: Forward passes in this step that were noised, by eager code and without recomputations.
         noised_compiled: 0-d int64. The same by compiled code, which cannot count in Python without compiling anew.
@@ -43,6 +44,7 @@ class EmbeddingState:
     def __init__(self, site: EmbeddingSite):
         self.site = site
         self.alpha = torch.zeros(())
+        self.negated = False
         self.key = torch.zeros((), dtype=torch.int64)
         self.power = torch.zeros(2)
         self.noised_compiled = torch.zeros((), dtype=torch.int64)
@@ -52,8 +54,7 @@ class EmbeddingState:
         self.calls = WeakIdKeyDictionary()
         self.shapes: set[torch.Size] = set()
 
-    def begin_step(self, alpha: float, key: int) -> None:
-        self.alpha.fill_(alpha)
+    def begin_step(self, key: int) -> None:
         self.key.fill_(key)
         self._earlier += self.noised
         self._earlier_compiled.add_(self.noised_compiled)
@@ -192,7 +193,8 @@ class NoiseHook:
             tensor if tensor.device == output.device else tensor.to(output.device)
             for tensor in (embedding.alpha, embedding.key, embedding.power)
         )
-        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width)
+        negated = not compiling and embedding.negated  # in this order: compiled code must not depend on it
+        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, negated)
 
     def arguments(self, ids: torch.Tensor) -> CallArguments:
         site = self.embedding.site

@@ -190,7 +190,7 @@ def add_noise(
     Args:
         embeddings (`torch.Tensor`): (..., d), floating point.
         layout ([`SequenceLayout`]): Each token's sequence, from [`sequence_layout`].
-        neftune_noise_alpha (`float`): The paper's alpha.
+        neftune_noise_alpha (`float`): The paper's alpha; below zero for the second half of a symmetric pair.
         key (`int`): From [`noise_key`].
         neftune_noise_type (`str`): As in [`NEFTuneConfig`].
 

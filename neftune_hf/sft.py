@@ -37,6 +37,9 @@ class NEFTuneSFTConfig(SFTConfig):
         default="constant", metadata={"help": "Alpha over training: constant, linear or cosine to 0."}
     )
     neftune_seed: int | None = field(default=None, metadata={"help": "Seed of the noise; default: `seed`."})
+    neftune_symmetric: bool = field(
+        default=False, metadata={"help": "Two passes over each batch, with e + s and e - s (SymNoise): twice the time."}
+    )
 
     def __post_init__(self):
         NEFTuneConfig(**{name: getattr(self, name) for name in FIELDS})

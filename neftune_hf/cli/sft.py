@@ -90,6 +90,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
     if run.embeddings:
         config = run.config
         noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"
+        noise += ", symmetric pairs" if config.neftune_symmetric else ""
         logged = [10 ** (entry[_RATIO] / 10) for entry in history if _RATIO in entry]
         db = 10 * math.log10(sum(logged) / len(logged)) if logged else run.noise_to_embedding_db
         if db is not None:

@@ -17,15 +17,19 @@ def add_noise_to_call(
     neftune_noise_type: str,
     power: torch.Tensor,
     by_width: bool = False,
+    negated: bool = False,
 ) -> torch.Tensor:
     """e' = e + alpha / sqrt(L * d) * u, for the ids that a forward call looked up.
 
     Args:
         embeddings (`torch.Tensor`): The embedding module's output for `call.input_ids`; it is not written to.
-        neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`.
+        neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`. Below zero,
+            alpha turns the noise's sign.
         power (`torch.Tensor`): (2,) float32. The summed powers of noise and embeddings, over a sample of the real
             tokens, are added to it.
         by_width (`bool`): Take each row, with its padding, for one sequence.
+        negated (`bool`): Whether alpha is below zero, as far as a checkpoint has to know: one that repeats a pass with
+            the other sign is then refused by torch (`CheckpointError`).
 
     Returns:
         `torch.Tensor`: e', a new tensor, whose gradient with respect to `embeddings` is the identity.
@@ -34,24 +38,24 @@ def add_noise_to_call(
         call = CallArguments(call.input_ids, is_time_major=call.is_time_major)
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
         return _plain(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power)
-    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power)
+    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, negated)
 
 
 class _AddNoise(torch.autograd.Function):
     """The noise is a constant of the graph: nothing is kept for backward but the key.
 
-    The key is saved so that a checkpoint, which compares what is saved in its two passes, notices a noise that is in
-    one of them only.
+    The key is saved so that a checkpoint, which compares number and shapes of what is saved in its two passes, notices
+    a noise that is in one of them only; its shape tells the sign.
     """
 
     @staticmethod
-    def forward(ctx, embeddings, call, alpha, key, noise_type, power):
-        ctx.save_for_backward(key)
+    def forward(ctx, embeddings, call, alpha, key, noise_type, power, negated):
+        ctx.save_for_backward(key.view(1) if negated else key)
         return _path(embeddings, call, noise_type)(embeddings, call, alpha, key, noise_type, power)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, tangent, *constants):
