@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,8 +24,13 @@ from .errors import NEFTuneError, NEFTuneWarning
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    _Trainer = Trainer  # what stands behind the mixin in every subclass
+else:
+    _Trainer = object
 
-class NEFTuneTrainerMixin:
+
+class NEFTuneTrainerMixin(_Trainer):
     """NEFTune for any subclass of `transformers.Trainer`, driven by the key `neftune_noise_alpha` of its args.
 
     The key is read anew at each `train()`, so every trial of a hyperparameter search trains at its own alpha, and
@@ -53,6 +58,9 @@ class NEFTuneTrainerMixin:
     ...     pass
     ```
     """
+
+    _metrics: Any  # of TRL's trainers, as is the next
+    _total_train_tokens: Any
 
     # The Trainer copies the key from its args and switches the built-in on with it: here it stays off.
     neftune_noise_alpha = property(lambda self: None, lambda self, value: None)
