@@ -81,7 +81,7 @@ class NEFTuneTrainerMixin:
 
     def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
         """Called with a run's settings when it begins."""
-        if config.enabled and _divides_by_a_clean_pass(self):
+        if config.enabled and self.is_world_process_zero() and _divides_by_a_clean_pass(self):
             warnings.warn(
                 f"`neftune_noise_alpha` is {config.neftune_noise_alpha:g} in a {type(self).__name__}, whose loss "
                 "divides the policy's probabilities, which are noised, by those of an earlier pass, which are not: the "
