@@ -196,8 +196,8 @@ class NoiseHook:
         if split is None and not compiling and is_in_context_parallel():
             raise NEFTuneError(
                 "The sequences are split over processes by torch's `context_parallel`, and accelerate does not say "
-                "over which. Make an `Accelerator` with `ParallelismConfig(cp_size=...)`, use its `maybe_context_parallel`, "
-                "and call `attach` after that; or set `neftune_noise_alpha=None`."
+                "over which. Make an `Accelerator` with `ParallelismConfig(cp_size=...)`, use its "
+                "`maybe_context_parallel`, and call `attach` after that; or set `neftune_noise_alpha=None`."
             )
         if split is not None and (compiling or split.is_active()):
             given, ids, columns = whole_call(split, given, ids, site)
