@@ -12,6 +12,7 @@ from .embeddings import EmbeddingSite
 from .errors import NEFTuneError
 from .kernels import Part
 
+_FAR = 2**40  # more than the columns of any batch
 _CONTEXT_PARALLEL = "torch.distributed.tensor.experimental._context_parallel"
 
 
@@ -50,7 +51,13 @@ def _context_parallel() -> SplitSequence | None:
     def unshard(rows: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
-        return context_parallel_unshard(mesh, [rows], [1])[0]
+        # A width that cp_size does not divide is cut in unequal parts, which torch's function does not know.
+        widths = None if torch.compiler.is_compiling() else _widths(rows, mesh.get_group(), mesh.size())
+        if widths is None or len(set(widths)) == 1:
+            return context_parallel_unshard(mesh, [rows], [1])[0]
+        rows = nn.functional.pad(rows, (0, max(widths) - rows.shape[1]))
+        parts = _gather(rows, mesh.get_group(), mesh.size())
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     name = f"context parallelism (cp_size={mesh.size()})"
     return SplitSequence(name, mesh.get_local_rank(), mesh.size(), unshard, is_in_context_parallel)
@@ -64,12 +71,21 @@ def _ulysses() -> SplitSequence | None:
     group = groups._get_sequence_parallel_group()
 
     def unshard(rows: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows) for _ in range(size)]
-        distributed.all_gather(parts, rows.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
+        return torch.cat(_gather(rows, group, size), dim=1)
 
     name = f"Ulysses (sp_size={size})"
     return SplitSequence(name, distributed.get_rank(group), size, unshard, lambda: True)  # its data loader splits
+
+
+def _gather(rows: torch.Tensor, group: distributed.ProcessGroup, size: int) -> list[torch.Tensor]:
+    parts = [torch.empty_like(rows) for _ in range(size)]
+    distributed.all_gather(parts, rows.contiguous(), group=group)
+    return parts
+
+
+def _widths(rows: torch.Tensor, group: distributed.ProcessGroup, size: int) -> list[int]:
+    width = torch.tensor([rows.shape[1]], device=rows.device)
+    return torch.cat(_gather(width, group, size)).tolist()
 
 
 def is_in_context_parallel() -> bool:
@@ -83,8 +99,8 @@ def whole_call(
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """The layout arguments and ids of the whole sequences, of which this process has a part.
 
-    One gather of integers; no embedding is gathered. What is as wide as the whole already is left as it is: the hosts
-    do not split `cu_seq_lens_q` and 4-dimensional masks.
+    One gather of integers, and under context parallelism one of the widths; no embedding is gathered. What is as wide
+    as the whole already is left as it is: the hosts do not split `cu_seq_lens_q` and 4-dimensional masks.
 
     Returns:
         `tuple`: Arguments, ids, and the columns of the whole that are this process's, in its order.
@@ -106,22 +122,25 @@ def whole_call(
             continue
         if value.shape[1] == width:
             parts[name] = value
-        elif value.shape[1] != width * split.size:
-            raise NEFTuneError(
-                f"`{name}` is {value.shape[1]} wide under {split.name}, and the ids of this process are {width}: "
-                f"neither its part nor the whole. Pass `{name}` without what stands before the ids, such as virtual "
-                "tokens, or set `neftune_noise_alpha=None`."
-            )
-    # The last row tells the order.
-    places = torch.arange(split.rank * width, (split.rank + 1) * width, device=ids.device)
+    # The last row tells whose each column is, and which of its.
+    places = torch.arange(width, device=ids.device) + split.rank * _FAR
     rows = [part.to(torch.int64) for part in parts.values()]
-    *wholes, order = split.unshard(torch.cat([*rows, places[None]])).split([*map(len, rows), 1])
+    *wholes, places = split.unshard(torch.cat([*rows, places[None]])).split([*map(len, rows), 1])
+    columns = (places[0] - split.rank * _FAR).remainder(split.size * _FAR).argsort()[:width]
     whole = dict(zip(parts, wholes, strict=True))
     whole_ids = whole.pop("ids")
     if given.get("input_ids") is ids:
         whole["input_ids"] = whole_ids
-    columns = order[0].argsort()[split.rank * width : (split.rank + 1) * width]
-    return given | whole, whole_ids, columns
+    given |= whole
+    for name in ("attention_mask", "position_ids"):
+        value = given.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] != whole_ids.shape[1]:
+            raise NEFTuneError(
+                f"`{name}` is {value.shape[1]} wide under {split.name}, where this process has {width} ids of "
+                f"{whole_ids.shape[1]}: neither its part nor the whole. Pass `{name}` without what stands before the "
+                "ids, such as virtual tokens, or set `neftune_noise_alpha=None`."
+            )
+    return given, whole_ids, columns
 
 
 def own_part(output: torch.Tensor, ids: torch.Tensor, site: EmbeddingSite) -> Part | None:

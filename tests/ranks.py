@@ -141,6 +141,26 @@ def tensor_parallel(kind):
             optimizer.zero_grad()
 
 
+@scenario("tp_size=2 fsdp_size=2", "fsdp_size=2 dp_replicate_size=2", "fsdp_size=4")
+def on_a_mesh(kind):
+    """Tensor-parallel peers share a batch and its noise; every other process has both for itself."""
+    sizes = {name: int(size) for name, size in (part.split("=") for part in kind.split())}
+    model = distributed_llama(**sizes)
+    data_rank = distributed.get_rank() // sizes.get("tp_size", 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        found, _ = noised(model, **batch(data_rank))
+        if step == 0:
+            expected, _ = noised(bare(), **batch(data_rank))
+            assert_same_bits(found, expected)
+        others = [torch.empty_like(found) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(others, found)
+        for rank, other in enumerate(others):
+            assert torch.equal(other, found) == (rank // sizes.get("tp_size", 1) == data_rank)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 class Embeds(nn.Module):
     """A table of vectors and nothing after it: for outputs that no layer would take."""
 
@@ -259,9 +279,9 @@ class EmbedsCall(Embeds):
         return self.embed_tokens(input_ids)
 
 
-def split_call(name, width):
+def split_call(name, width, seed=0):
     """Ids and layout arguments as the Trainer makes them for context parallelism: positions are always there."""
-    ids = torch.randint(3, VOCAB, (2, width), generator=torch.Generator().manual_seed(width))
+    ids = torch.randint(3, VOCAB, (2, width), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "position_ids": torch.arange(width).repeat(2, 1)} | SPLIT_CALLS[name](width)
 
 
@@ -280,26 +300,25 @@ def accelerator_on_cpu(**sizes):
     return Accelerator(parallelism_config=ParallelismConfig(**sizes), fsdp_plugin=plugin)
 
 
-@scenario(*(f"{name}; {width}" for name in SPLIT_CALLS for width in (8, 10)))
+@scenario(*(f"{name}; {width}" for name in SPLIT_CALLS for width in (8, 10, 9)))
 def context_parallel(kind):
-    """8 columns are dealt head and tail, 10 one after the other."""
-    from torch.distributed.tensor.experimental._attention import context_parallel_unshard
-
+    """8 columns are dealt head and tail, 10 and 9 one after the other. Four processes are two groups."""
     name, width = kind.split("; ")
-    model, inputs = EmbedsCall().train(), split_call(name, int(width))
+    group = distributed.get_rank() // 2
+    model, inputs = EmbedsCall().train(), split_call(name, int(width), group)
     expected, _ = noised(EmbedsCall().train(), **{key: value.clone() for key, value in inputs.items()})
-    accelerator = accelerator_on_cpu(cp_size=distributed.get_world_size())
+    accelerator = accelerator_on_cpu(cp_size=2, dp_shard_size=distributed.get_world_size() // 2)
     accelerator._prepare_cp(model)
     buffers = [value for value in inputs.values() if value.dim() == 2]
     with accelerator.maybe_context_parallel(
         buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
     ):
         found, _ = noised(model, **inputs)
-    assert found.shape[1] == int(width) // distributed.get_world_size()
-    [whole] = context_parallel_unshard(accelerator.state.device_mesh["cp"], [found], [1])
-    assert_same_bits(whole, expected)
+    rank = accelerator.state.device_mesh["cp"].get_local_rank()
+    columns = {8: [[0, 1, 6, 7], [2, 3, 4, 5]], 10: [range(5), range(5, 10)], 9: [range(5), range(5, 9)]}
+    assert_same_bits(found, expected[:, list(columns[int(width)][rank])])
     # outside of it nothing is split
-    found, _ = noised(model, **split_call(name, int(width)))
+    found, _ = noised(model, **split_call(name, int(width), group))
     assert_same_bits(found, expected)
     accelerator_on_cpu()
 
@@ -321,19 +340,20 @@ def context_parallel_without_accelerate_is_refused():
 def ulysses(kind):
     """DeepSpeed's groups are a stand-in; it cuts each row in equal slices, positions included."""
     name, width = kind.split("; ")
-    inputs = split_call(name, int(width))
+    inputs = split_call(name, int(width), seed=distributed.get_rank() // 2)
     expected, _ = noised(EmbedsCall().train(), **inputs)
-    group, size = distributed.group.WORLD, distributed.get_world_size()
+    mesh, size = distributed.init_device_mesh("cpu", (distributed.get_world_size() // 2, 2)), 2
+    group, rank = mesh.get_group(1), mesh.get_local_rank(1)
     sys.modules["deepspeed.utils.groups"] = types.SimpleNamespace(
         _get_sequence_parallel_world_size=lambda: size, _get_sequence_parallel_group=lambda: group
     )
     try:
-        sliced = {key: value.chunk(size, dim=1)[distributed.get_rank()] for key, value in inputs.items()}
+        sliced = {key: value.chunk(size, dim=1)[rank] for key, value in inputs.items()}
         found, _ = noised(EmbedsCall().train(), **sliced)
     finally:
         del sys.modules["deepspeed.utils.groups"]
     parts = [torch.empty_like(found) for _ in range(size)]
-    distributed.all_gather(parts, found)
+    distributed.all_gather(parts, found, group=group)
     assert_same_bits(torch.cat(parts, dim=1), expected)
 
 
