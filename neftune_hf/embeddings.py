@@ -12,6 +12,9 @@ from .errors import EmbeddingNotFoundError
 
 _PLACEHOLDER_KEYS = [f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")]
 
+# What DeepSpeed's tensor parallelism puts in the place of an embedding whose weight is tied to a sharded output layer.
+_DEEPSPEED_TABLES = ("VocabParallelEmbedding", "HiddenParallelEmbedding")
+
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSite:
@@ -78,7 +81,7 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     found = {}
     for text_model, (is_decoder, config) in asked.items():
         for embedding in _embeddings_that_run(text_model):
-            d = _table(embedding).embedding_dim
+            d = _width(_table(embedding))
             found[embedding] = d, is_decoder, _placeholders(config), getattr(config, "pad_token_id", None)
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
@@ -181,6 +184,14 @@ def _ask(text_model: nn.Module) -> nn.Module | None:
     return embedding if isinstance(embedding, nn.Module) else None  # Perceiver's are a bare parameter
 
 
-def _table(embedding: nn.Module) -> nn.Embedding | None:
+def _table(embedding: nn.Module) -> nn.Module | None:
     """The table of vectors in an embedding module, under adapters. Its weight is not looked at: it may be sharded."""
-    return next((module for module in embedding.modules() if isinstance(module, nn.Embedding)), None)
+    return next((module for module in embedding.modules() if _is_table(module)), None)
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or type(module).__name__ in _DEEPSPEED_TABLES
+
+
+def _width(table: nn.Module) -> int:
+    return table.embedding_dim if isinstance(table, nn.Embedding) else table._orig_weight_shape[1]

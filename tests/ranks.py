@@ -56,7 +56,8 @@ def noised(model, backward=True, **inputs):
             hook = site.module.register_forward_hook(lambda module, args, output: seen.append(output))
         output = model(**inputs)
         if backward:
-            (output.logits if hasattr(output, "logits") else output).float().square().mean().backward()
+            loss = (output.logits if hasattr(output, "logits") else output).float().square().mean()
+            loss.backward() if backward is True else backward(loss)
         handle.check_noised()
     if seen:
         hook.remove()
@@ -355,6 +356,49 @@ def ulysses(kind):
     parts = [torch.empty_like(found) for _ in range(size)]
     distributed.all_gather(parts, found, group=group)
     assert_same_bits(torch.cat(parts, dim=1), expected)
+
+
+@scenario("zero2", "zero3", "autotp", "autotp tied")
+def deepspeed(kind):
+    """On gloo. Tensor-parallel peers have the same batch."""
+    import deepspeed
+
+    tied, config = kind.endswith("tied"), {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
+    model, data_rank = bare(tie_word_embeddings=tied), distributed.get_rank()
+    if kind.startswith("autotp"):
+        model, data_rank = deepspeed.tp_model_init(model, tp_size=2, dtype=torch.float32), 0
+        config |= {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 0}}
+    else:
+        config |= {"zero_optimization": {"stage": int(kind[-1])}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.train()
+    found, _ = noised(engine, backward=engine.backward, **batch(data_rank))
+    expected, _ = noised(bare(tie_word_embeddings=tied), **batch(data_rank))
+    assert_same_bits(found, expected)
+    assert peers_are_identical(found) == kind.startswith("autotp")
+
+
+@scenario()
+def deepspeed_ulysses():
+    """DeepSpeed's own groups and data loader, as accelerate puts them together."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+    from deepspeed.utils import groups
+
+    rank = distributed.get_rank()
+    parallel_state_sp.initialize_sequence_parallel(2)
+    group = parallel_state_sp.get_sequence_parallel_group()
+    call = split_call("packed", 8, seed=rank)
+    expected = [noised(EmbedsCall().train(), **split_call("packed", 8, seed=seed))[0] for seed in (0, 1)]
+    loader = UlyssesSPDataLoaderAdapter([call | {"labels": call["input_ids"]}], rank, group, 2, torch.device("cpu"))
+    groups.mpu = parallel_state_sp  # as `deepspeed.initialize(mpu=...)` does
+    try:
+        for inputs, whole in zip(loader, expected, strict=True):
+            found, _ = noised(EmbedsCall().train(), **{name: inputs[name] for name in ("input_ids", "position_ids")})
+            assert_same_bits(found, whole[:, 4 * rank : 4 * rank + 4])
+    finally:
+        groups.mpu = None
 
 
 def main(file: str, *names: str) -> None:

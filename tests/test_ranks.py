@@ -20,6 +20,7 @@ GROUPS = {
     "pipelines": ("pipeline",),
     "split sequences": ("context_parallel", "ulysses"),
 }
+DEEPSPEED = ("deepspeed",)
 OF_FOUR = ("on_a_mesh-tp_size=2 fsdp_size=2", "on_a_mesh-fsdp_size=2 dp_replicate_size=2", "on_a_mesh-fsdp_size=4")
 
 
@@ -34,10 +35,10 @@ def torchrun(processes: int, *arguments: str, restarts: int = 0, timeout: int = 
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def run(folder, processes: int, prefixes: tuple[str, ...]) -> None:
+def run(folder, processes: int, prefixes: tuple[str, ...], **environment: str) -> None:
     names = [name for name in SCENARIOS if name.startswith(prefixes)]
     assert all(any(name.startswith(prefix) for name in names) for prefix in prefixes)
-    torchrun(processes, "-m", "tests.ranks", str(folder / "failed"), *names, RANKS_FOLDER=str(folder))
+    torchrun(processes, "-m", "tests.ranks", str(folder / "failed"), *names, RANKS_FOLDER=str(folder), **environment)
     for rank in range(processes):
         failed = json.loads((folder / f"failed.{rank}").read_text())
         assert not failed, f"{list(failed)} on rank {rank}; the first: {next(iter(failed.values()))}"
@@ -48,11 +49,16 @@ def test_two_processes_have_the_bits_of_one(tmp_path, group):
     run(tmp_path, 2, GROUPS[group])
 
 
+def test_deepspeed_in_two_processes(tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: ZeRO, AutoTP and its Ulysses are not tested")
+    run(tmp_path, 2, DEEPSPEED, DS_ACCELERATOR="cpu")
+
+
 @pytest.mark.slow
 def test_four_processes_have_the_bits_of_one(tmp_path):
     run(tmp_path, 4, (*OF_FOUR, "context_parallel-", "ulysses"))
 
 
 def test_every_scenario_is_run():
-    prefixes = [prefix for group in GROUPS.values() for prefix in group] + list(OF_FOUR)
+    prefixes = [prefix for group in GROUPS.values() for prefix in group] + [*OF_FOUR, *DEEPSPEED]
     assert [name for name in SCENARIOS if not name.startswith(tuple(prefixes))] == []
