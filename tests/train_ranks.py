@@ -23,7 +23,7 @@ from neftune_hf.noise import noise_key
 
 from .conftest import tiny_llama
 from .ranks import accelerator_on_cpu
-from .test_trainer import COMMON, losses, make
+from .test_trainer import COMMON, losses, make, pad
 
 STEPS = 6
 
@@ -48,6 +48,17 @@ def settings_of(setup: str) -> dict:
     from accelerate import ParallelismConfig
 
     accelerator_on_cpu()
+    if setup in ("zero2", "zero3", "sp"):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        zero = {"zero_optimization": {"stage": 3 if setup == "zero3" else 2}, "train_micro_batch_size_per_gpu": "auto"}
+        settings = {"use_cpu": False, "bf16": False, "deepspeed": zero | {"gradient_accumulation_steps": "auto"}}
+        settings["deepspeed"] |= {"gradient_clipping": "auto", "zero_allow_untested_optimizer": True}
+        if setup == "sp":
+            from accelerate.utils import DeepSpeedSequenceParallelConfig
+
+            handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
+            settings["parallelism_config"] = ParallelismConfig(sp_size=2, sp_handler=handler)
+        return settings
     # Each process makes the same weights; FSDP1 would broadcast them on a device.
     fsdp = {"version": 1 if setup == "fsdp1" else 2, "sync_module_states": False}
     settings = {"use_cpu": False, "fsdp": True, "fsdp_config": fsdp, "bf16": False}
@@ -74,8 +85,18 @@ class Watch:
             self.seen.append((self.ids, args[0].detach().clone(), self.clean))
 
 
+def pad_evenly(rows):
+    """As DeepSpeed needs it on gloo: with positions, and all of one width, which the number of processes divides."""
+    batch = pad(rows)
+    missing = 18 - batch["input_ids"].shape[1]
+    for name, value in (("input_ids", 2), ("labels", -100), ("attention_mask", 0)):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, missing), value=value)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(len(rows), 1)
+    return batch
+
+
 def put_together(seen):
-    """The passes of context parallelism, put together: contiguous parts, or head and tail."""
+    """The passes of a split sequence, put together: contiguous parts, or head and tail."""
     parts = [None, None]
     distributed.all_gather_object(parts, seen)
     for passes in zip(*parts, strict=True):
@@ -115,16 +136,19 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
 
     callback_module.summed_over_ranks = spy
     settings |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "alpha": 5}
-    settings |= {"per_device_train_batch_size": 4 // (1 if setup == "cp" else world)}
-    if setup in ("cp", "fsdp1"):  # FSDP1 crashes where it gathers a checkpoint from CPUs
+    rows = {"cp": 4, "sp": 1}.get(setup, 4 // world)  # one for Ulysses, whose slices of more do not view on a CPU
+    settings |= {"per_device_train_batch_size": rows}
+    if setup not in ("ddp", "fsdp2"):  # FSDP1 crashes where it gathers a checkpoint from CPUs
         settings |= {"save_strategy": "no"}
     trainer = make(folder / "run", NEFTuneTrainer, model=model, **settings)
+    if setup == "sp":
+        trainer.data_collator = pad_evenly
     trainer.grave = folder / "grave" if phase == "die" else None
     checkpoint = get_last_checkpoint(str(folder / "run")) if (folder / "run").exists() else None
     trainer.train(resume_from_checkpoint=checkpoint if phase != "run" else None)
     first_step = int(checkpoint.rsplit("-", 1)[1]) if phase != "run" and checkpoint else 0
     rank = trainer.args.process_index
-    records = check_noise(put_together(watch.seen) if setup == "cp" else watch.seen, first_step)
+    records = check_noise(put_together(watch.seen) if setup in ("cp", "sp") else watch.seen, first_step)
     assert len(powers) == STEPS - first_step
     history = [entry["neftune/noise_to_embedding_db"] for entry in trainer.state.log_history if "loss" in entry]
     if distributed.is_initialized():
@@ -135,7 +159,7 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
         whole = [decibels(sum(parts)) for parts in zip(*powers, strict=True)]
         torch.testing.assert_close(history[first_step:], whole)
         assert any(decibels(own) != db for own, db in zip(powers[0], whole, strict=True))
-        records = records[:1] if setup == "cp" else records
+        records = records[:1] if setup in ("cp", "sp") else records
         records = {step: sorted(itertools.chain(*(own[step] for own in records))) for step in records[0]}
     else:
         records = {step: sorted(own) for step, own in records.items()}
