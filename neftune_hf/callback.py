@@ -13,7 +13,8 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 
 from .config import NEFTuneConfig, merge
 from .errors import NEFTuneError
-from .handle import NEFTuneHandle, attached_handle
+from .handle import NEFTuneHandle, attached_handle, decibels
+from .mesh import summed_over_ranks
 
 logger = logging.getLogger(__name__)
 _callbacks: "weakref.WeakSet[NEFTuneCallback]" = weakref.WeakSet()
@@ -79,6 +80,7 @@ class NEFTuneCallback(TrainerCallback):
         self._of_trainer: Callable[[], Any] = _none  # weak references to the trainer's control and model
         self._of_model: Callable[[], Any] = _none
         self._gives_way = False
+        self._ratio: float | None = None  # over all ranks, for the next log
         prepare_transformers()
         _callbacks.add(self)
 
@@ -138,10 +140,12 @@ class NEFTuneCallback(TrainerCallback):
         if self.handle is not None:
             self.handle.remove()
             self.handle.check_noised()
+            self._measure(args, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.handle is not None:
             self.handle.remove()  # a step that a callback stopped half-way has no end
+            self._measure(args, control)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.detach()
@@ -149,13 +153,20 @@ class NEFTuneCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.write_metrics(logs, state)
 
+    def _measure(self, args, control) -> None:
+        """Sum over all ranks where the Trainer is about to log: it does so on all of them, a user's code may not."""
+        if self.handle is not None and control.should_log and self.handle.config.enabled:
+            self._ratio = decibels(summed_over_ranks(self.handle.power(args.device)))
+
     def write_metrics(self, logs: dict[str, float], state) -> None:
         """Add alpha and the ratio since the last log to a training log, once, and to its entry in the history."""
         if self.handle is None or not self.handle.sites or "loss" not in logs or "neftune/alpha" in logs:
             return
         logs["neftune/alpha"] = self.handle.alpha
-        if (ratio := self.handle.noise_to_embedding_db) is not None:
+        ratio = self.handle.noise_to_embedding_db if self._ratio is None else self._ratio
+        if ratio is not None:
             logs["neftune/noise_to_embedding_db"] = ratio
+        self._ratio = None
         self.handle.reset_power()
         if state.log_history:
             state.log_history[-1].update({name: logs[name] for name in logs if name.startswith("neftune/")})

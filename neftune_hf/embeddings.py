@@ -4,13 +4,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .errors import EmbeddingNotFoundError
 
 _PLACEHOLDER_KEYS = [f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")]
+
+# What DeepSpeed's tensor parallelism puts in the place of an embedding whose weight is tied to a sharded output layer.
+_DEEPSPEED_TABLES = ("VocabParallelEmbedding", "HiddenParallelEmbedding")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
         for embedding in _embeddings_that_run(text_model):
             if (table := _table(embedding)) is not None:
                 pad = getattr(config, "pad_token_id", None)
-                found[embedding] = table.embedding_dim, is_decoder, _placeholders(config), pad
+                found[embedding] = _width(table), is_decoder, _placeholders(config), pad
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(
@@ -90,17 +91,6 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
             "that returns that module."
         )
     return sites
-
-
-def embedding_rms(site: EmbeddingSite) -> float | None:
-    """RMS of the site's output, over up to 4,096 ids of its vocabulary; None where this process has not all weights."""
-    table = _table(site.module)
-    parameters = list(site.module.parameters())
-    if table is None or any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in parameters):
-        return None
-    ids = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 4096), device=parameters[0].device)
-    with torch.no_grad():
-        return site.module(ids[None]).float().square().mean().sqrt().item()
 
 
 def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
@@ -187,6 +177,14 @@ def _ask(text_model: Any) -> nn.Module | None:
     return embedding if isinstance(embedding, nn.Module) and not isinstance(embedding, nn.ModuleList) else None
 
 
-def _table(embedding: nn.Module) -> nn.Embedding | None:
+def _table(embedding: nn.Module) -> Any:
     """The table of vectors in an embedding module, under adapters. Its weight is not looked at: it may be sharded."""
-    return next((module for module in embedding.modules() if isinstance(module, nn.Embedding)), None)
+    return next((module for module in embedding.modules() if _is_table(module)), None)
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or type(module).__name__ in _DEEPSPEED_TABLES
+
+
+def _width(table: Any) -> int:
+    return table.embedding_dim if isinstance(table, nn.Embedding) else table._orig_weight_shape[1]

@@ -15,6 +15,7 @@ from .config import NEFTuneConfig
 from .embeddings import find_input_embeddings, parents, unwrap
 from .errors import NEFTuneError, NoNoiseError
 from .hooks import ModelState, NoiseHook, RecordedForward, refuse_other_neftune, remove_copied_hooks
+from .mesh import is_later_stage, split_sequence
 from .noise import noise_key, scheduled_alpha
 
 _attached: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()
@@ -70,15 +71,16 @@ class NEFTuneHandle:
 
     Attributes:
         config ([`NEFTuneConfig`]): The settings.
-        sites (`list[EmbeddingSite]`): The embeddings that get noise; empty when alpha is None or 0.
+        sites (`list[EmbeddingSite]`): The embeddings that get noise; empty when alpha is None or 0, and in a stage of
+            a pipeline that is handed embeddings by the one before it.
         step (`int`): The optimisation step, from 0.
     """
 
     def __init__(self, model: nn.Module, config: NEFTuneConfig, follows_optimizer: bool = True):
         self.config = config
-        self.sites = find_input_embeddings(model) if config.enabled else []
         self._follows_optimizer = follows_optimizer
         self._root = unwrap(model)
+        self.sites = find_input_embeddings(model) if config.enabled and not is_later_stage(self._root) else []
         self._state = ModelState(self.sites)
         around = [parents(self._root, site) for site in self.sites]
         numbers = {module: number for number, module in enumerate(dict.fromkeys(itertools.chain(*around)))}
@@ -115,6 +117,7 @@ class NEFTuneHandle:
         alpha = self.config.neftune_noise_alpha or 0.0
         self.alpha = scheduled_alpha(alpha, self.config.neftune_schedule, self.step, self._max_steps or 1)
         self._state.ran = self._had_negated = False
+        self._state.split = split_sequence() if self.sites else None
         for index, embedding in enumerate(self._state.embeddings):
             embedding.begin_step(noise_key(self.config.neftune_seed or 0, self.step, index))
         self._fill_alpha(self._sign)
@@ -170,11 +173,14 @@ class NEFTuneHandle:
     def noise_to_embedding_db(self) -> float | None:
         """10 * log10 of the noise's power over the embeddings'.
 
-        Over 32 evenly spread tokens of each batch since the last reset, without padding; None if there were none.
+        Over 32 evenly spread tokens of each of this process's batches since the last reset, without padding; None if
+        there were none.
         """
-        powers = [embedding.power.tolist() for embedding in self._state.embeddings]
-        noise, embedding = (sum(part) for part in zip(*powers, strict=True)) if powers else (0.0, 0.0)
-        return 10 * math.log10(noise / embedding) if noise and embedding else None
+        return decibels(self.power())
+
+    def power(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The summed powers of noise and embeddings behind `noise_to_embedding_db`, (2,)."""
+        return sum((e.power.to(device) for e in self._state.embeddings), torch.zeros(2, device=device))
 
     def reset_power(self) -> None:
         """Begin `noise_to_embedding_db` anew."""
@@ -258,6 +264,12 @@ class NEFTuneHandle:
 
     def __exit__(self, *exc_info) -> None:
         self.remove()
+
+
+def decibels(power: torch.Tensor) -> float | None:
+    """10 * log10 of the first over the second; None where one is 0."""
+    noise, embedding = power.tolist()
+    return 10 * math.log10(noise / embedding) if noise and embedding else None
 
 
 def attached_handle(model: nn.Module) -> NEFTuneHandle | None:

@@ -6,6 +6,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from .embeddings import EmbeddingSite, forward_names
 from .errors import NEFTuneError
 from .kernels import add_noise_to_call
 from .lengths import LAYOUT_ARGUMENTS, CallArguments, arguments_of_call
+from .mesh import SplitSequence, is_in_context_parallel, own_part, plain_arguments, whole_call
 
 if TYPE_CHECKING:
     from .handle import NEFTuneHandle
@@ -89,6 +91,7 @@ class ModelState:
         outer: Numbers of the parents that are whole encoder-decoders: their `attention_mask` is the encoder's.
         ran: Whether a parent ran in training mode, with gradients, since the step began.
         embeddings: One state for each embedding.
+        split: The group of processes that share a sequence, if they do.
     """
 
     def __init__(self, sites: list[EmbeddingSite]):
@@ -96,6 +99,7 @@ class ModelState:
         self.outer: set[int] = set()
         self.ran = False
         self.embeddings = [EmbeddingState(site) for site in sites]
+        self.split: SplitSequence | None = None
 
 
 class RecordedForward:
@@ -175,12 +179,7 @@ class NoiseHook:
             return None
         if ids.numel() == 0 or self.is_no_token_of_the_batch(ids):
             return None
-        if output.shape != (*ids.shape, embedding.site.embedding_dim):
-            raise NEFTuneError(
-                f"{embedding.site} gave an output of shape {tuple(output.shape)} for ids of shape {tuple(ids.shape)}: "
-                "it is sharded in a way that NEFTune does not know. Shard the model so that each process has whole "
-                "embeddings, or set `neftune_noise_alpha=None`."
-            )
+        part = own_part(output, ids, embedding.site)
         with torch.no_grad():
             if compiling:
                 call = self.arguments(ids)
@@ -194,11 +193,22 @@ class NoiseHook:
             for tensor in (embedding.alpha, embedding.key, embedding.power)
         )
         negated = not compiling and embedding.negated  # in this order: compiled code must not depend on it
-        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, negated)
+        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, negated, part)
 
     def arguments(self, ids: torch.Tensor) -> CallArguments:
-        site = self.embedding.site
-        return arguments_of_call(self.given(), ids, site.placeholders, site.pad_token_id, site.is_decoder)
+        site, split, columns = self.embedding.site, self.state.split, None
+        ids, given = plain_arguments(ids, self.given())
+        compiling = torch.compiler.is_compiling()
+        if split is None and not compiling and is_in_context_parallel():
+            raise NEFTuneError(
+                "The sequences are split over processes by torch's `context_parallel`, and accelerate does not say "
+                "over which. Make an `Accelerator` with `ParallelismConfig(cp_size=...)`, use its "
+                "`maybe_context_parallel`, and call `attach` after that; or set `neftune_noise_alpha=None`."
+            )
+        if split is not None and (compiling or split.is_active()):
+            given, ids, columns = whole_call(split, given, ids, site)
+        call = arguments_of_call(given, ids, site.placeholders, site.pad_token_id, site.is_decoder)
+        return call if columns is None else replace(call, own_columns=columns)
 
     def arguments_of_first_pass(self, module: nn.Module, ids: torch.Tensor, device: torch.device) -> CallArguments:
         embedding = self.embedding

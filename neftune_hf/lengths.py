@@ -28,6 +28,7 @@ class CallArguments:
         labels: (batch, length). Tokens after the last label other than `ignored_label` are padding.
         token_mask: (batch, length), False where no token of text is.
         is_time_major: Whether the ids were looked up as (length, batch).
+        own_columns: Of the whole sequences, those that this process embeds, where several share a sequence.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +39,7 @@ class CallArguments:
     ignored_label: int = _IGNORED_LABEL
     token_mask: torch.Tensor | None = None
     is_time_major: bool = False
+    own_columns: torch.Tensor | None = None
 
 
 def sequence_lengths(
@@ -123,7 +125,14 @@ def sequence_layout(
 
 
 def layout_of_call(call: CallArguments) -> SequenceLayout:
-    """[`sequence_layout`] of arguments whose shapes fit."""
+    """[`sequence_layout`] of arguments whose shapes fit, for the columns that this process embeds."""
+    layout = _layout_of_whole(call)
+    if call.own_columns is None:
+        return layout
+    return SequenceLayout(*(tensor.index_select(1, call.own_columns) for tensor in layout))
+
+
+def _layout_of_whole(call: CallArguments) -> SequenceLayout:
     ids, mask = call.input_ids, call.attention_mask
     batch, width = ids.shape
     if ids.numel() == 0:
@@ -277,6 +286,9 @@ def _described(given: Mapping[str, Any]) -> str:
 
 @torch._dynamo.assume_constant_result  # so that a compiler warns while it traces
 def _warn_of_width(seen: str) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
+        return  # all processes make the same calls
     warnings.warn(
         f"NEFTune takes the padded width as L: the module that calls the embedding was given {seen}. Pass "
         "`attention_mask`, or `position_ids` that restart at each document, for the paper's noise.",

@@ -145,7 +145,7 @@ class NEFTuneTrainerMixin(_Trainer):
         self._warn_about_neftune(config)
 
     def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
-        if config.enabled and _divides_by_a_clean_pass(self):
+        if config.enabled and self.is_world_process_zero() and _divides_by_a_clean_pass(self):
             warnings.warn(
                 f"`neftune_noise_alpha` is {config.neftune_noise_alpha:g} in a {type(self).__name__}, whose loss "
                 "divides the policy's probabilities, which are noised, by those of an earlier pass, which are not: the "

@@ -36,7 +36,7 @@ def test_noise_does_not_know_the_rank_and_a_resumed_run_is_the_same(tmp_path, ki
         "PYTHONPATH": str(ROOT),
     }
     command = [*launch, "-m", "tests.two_processes", kind, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     runs = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in (0, 1)]
     for run in runs:
@@ -60,14 +60,3 @@ def test_noise_does_not_know_the_rank_and_a_resumed_run_is_the_same(tmp_path, ki
             once, each = (gradients[name] for gradients in run["gradients"])
             torch.testing.assert_close(once, each, rtol=1e-4, atol=1e-7)
             assert torch.equal(once, runs[0]["gradients"][0][name])
-
-
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_a_sharded_embedding_is_noised_like_the_whole_one(kind):
-    """Under FSDP1 one process holds none of the embedding's weight outside of forward."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*command, "-m", "tests.sharded", kind], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import math
 import os
 import re
@@ -41,6 +42,8 @@ def run(argv: Sequence[str]) -> None:
     from ..sft import NEFTuneSFTTrainer
 
     tokenizer = _tokenizer(model_args, training_args)
+    if training_args.process_index != 0:  # all processes read the same data, and one tells of it
+        logging.getLogger("neftune_hf").setLevel(logging.ERROR)
     with training_args.main_process_first():
         train, test = _data(script_args, training_args, mixture, tokenizer)
     training_args.model_init_kwargs = {

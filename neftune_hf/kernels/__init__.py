@@ -1,12 +1,26 @@
 """`noise.add_noise` on the output of an embedding, by the fastest way its device has, with an identity gradient."""
 
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..lengths import CallArguments, layout_of_call
 from ..noise import MEASURED_TOKENS, add_noise
 from . import cpu
+
+
+class Part(NamedTuple):
+    """What a process has of embeddings that are sharded.
+
+    Attributes:
+        shape: Of the whole embeddings, (*shape of the ids, d).
+        own: This process's slice of each dimension.
+    """
+
+    shape: tuple[int, ...]
+    own: tuple[slice, ...]
 
 
 def add_noise_to_call(
@@ -18,6 +32,7 @@ def add_noise_to_call(
     power: torch.Tensor,
     by_width: bool = False,
     negated: bool = False,
+    part: Part | None = None,
 ) -> torch.Tensor:
     """e' = e + alpha / sqrt(L * d) * u, for the ids that a forward call looked up.
 
@@ -30,15 +45,16 @@ def add_noise_to_call(
         by_width (`bool`): Take each row, with its padding, for one sequence.
         negated (`bool`): Whether alpha is below zero, as far as a checkpoint has to know: one that repeats a pass with
             the other sign is then refused by torch (`CheckpointError`).
+        part ([`Part`], *optional*): Which part of the call's embeddings this process has.
 
     Returns:
         `torch.Tensor`: e', a new tensor, whose gradient with respect to `embeddings` is the identity.
     """
     if by_width:
-        call = CallArguments(call.input_ids, is_time_major=call.is_time_major)
+        call = CallArguments(call.input_ids, is_time_major=call.is_time_major, own_columns=call.own_columns)
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
-        return _plain(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power)
-    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, negated)
+        return _on_local(_plain, embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, part)
+    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, negated, part)
 
 
 class _AddNoise(torch.autograd.Function):
@@ -49,17 +65,38 @@ class _AddNoise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, embeddings, call, alpha, key, noise_type, power, negated):
+    def forward(ctx, embeddings, call, alpha, key, noise_type, power, negated, part):
         ctx.save_for_backward(key.view(1) if negated else key)
-        return _path(embeddings, call, noise_type)(embeddings, call, alpha, key, noise_type, power)
+        return _on_local(_by_device, embeddings, call, alpha, key, noise_type, power, part)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, None, None, None, None, None, None
+        return gradient, *(None,) * 7
 
     @staticmethod
     def jvp(ctx, tangent, *constants):
         return tangent
+
+
+def _on_local(add, embeddings, *arguments) -> torch.Tensor:
+    """`add` on the process's own tensor of a DTensor."""
+    if not isinstance(embeddings, DTensor):
+        return add(embeddings, *arguments)
+    noised = add(embeddings.to_local(), *arguments)
+    return DTensor.from_local(
+        noised,
+        embeddings.device_mesh,
+        embeddings.placements,
+        run_check=False,
+        shape=embeddings.shape,
+        stride=embeddings.stride(),
+    )
+
+
+def _by_device(embeddings, call, alpha, key, noise_type, power, part) -> torch.Tensor:
+    if part is not None:
+        return _plain(embeddings, call, alpha, key, noise_type, power, part)
+    return _path(embeddings, call, noise_type)(embeddings, call, alpha, key, noise_type, power)
 
 
 def _path(embeddings: torch.Tensor, call: CallArguments, noise_type: str):
@@ -75,24 +112,32 @@ def _path(embeddings: torch.Tensor, call: CallArguments, noise_type: str):
     return _plain
 
 
-def _plain(embeddings, call, alpha, key, noise_type, power) -> torch.Tensor:
-    return _with_layout(add_noise, embeddings, call, alpha, key, noise_type, power)
+def _plain(embeddings, call, alpha, key, noise_type, power, part=None) -> torch.Tensor:
+    return _with_layout(add_noise, embeddings, call, alpha, key, noise_type, power, part)
 
 
 def _in_blocks(embeddings, call, alpha, key, noise_type, power) -> torch.Tensor:
     return _with_layout(cpu.add_noise, embeddings, call, alpha, key, noise_type, power)
 
 
-def _with_layout(add, embeddings, call, alpha, key, noise_type, power) -> torch.Tensor:
+def _with_layout(add, embeddings, call, alpha, key, noise_type, power, part=None) -> torch.Tensor:
+    shape = embeddings.shape if part is None else part.shape
     layout = layout_of_call(call)
     if call.is_time_major:
         layout = type(layout)(*(tensor.T for tensor in layout))
-    layout = type(layout)(*(tensor.reshape(embeddings.shape[:-1]) for tensor in layout))
+    layout = type(layout)(*(tensor.reshape(shape[:-1]) for tensor in layout))
+    if part is not None:
+        layout = type(layout)(*(tensor[part.own[:-1]] for tensor in layout))
     if embeddings.numel() and (
         torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(embeddings)
     ):
-        _measure(embeddings, layout.lengths, alpha, power)
-    return add(embeddings, layout, alpha, key, noise_type)
+        _measure(embeddings, layout.lengths, alpha * (embeddings.shape[-1] / shape[-1]) ** 0.5, power)
+    if embeddings.shape[-1] == shape[-1]:
+        return add(embeddings, layout, alpha, key, noise_type)
+    # Of some channels only: the bits are those of the whole, so that is what is made.
+    channels = part.own[-1]
+    wide = torch.nn.functional.pad(embeddings, (channels.start, shape[-1] - channels.stop))
+    return add(wide, layout, alpha, key, noise_type)[..., channels].contiguous()
 
 
 @torch.no_grad()

@@ -206,7 +206,8 @@ def _add_noise(
 def can_add(embeddings: torch.Tensor, call: CallArguments, noise_type: str) -> bool:
     """Whether the kernels do this exactly; the plain formula does the rest."""
     narrow = embeddings.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return noise_type in _KINDS and narrow and embeddings.numel() > 0 and not call.is_time_major
+    whole = not call.is_time_major and call.own_columns is None
+    return noise_type in _KINDS and narrow and embeddings.numel() > 0 and whole
 
 
 def add_noise_to_call(

@@ -1,0 +1,418 @@
+"""Run by test_ranks under torchrun: the set-ups that split a model or a batch over processes, against the bare model.
+
+Each scenario is a function of the world's size that asserts on its own rank; what each raised is written to a file.
+"""
+
+import functools
+import json
+import os
+import sys
+import traceback
+import types
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from neftune_hf import attach
+from neftune_hf.errors import NEFTuneError, NoNoiseError
+
+from .conftest import VOCAB, D, leftovers, tiny_llama
+
+SCENARIOS = {}
+
+
+def scenario(*arguments):
+    """Registers a function, once for each argument."""
+
+    def register(function):
+        for argument in arguments or (None,):
+            name = function.__name__ + (f"-{argument}" if arguments else "")
+            SCENARIOS[name] = functools.partial(function, *([argument] if arguments else []))
+        return function
+
+    return register
+
+
+def batch(rank=0, width=6):
+    ids = torch.randint(3, VOCAB, (2, width), generator=torch.Generator().manual_seed(rank))
+    mask = torch.ones(2, width, dtype=torch.int64)
+    mask[1, width - 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def noised(model, backward=True, **inputs):
+    """The noised embeddings of one training step at step 1, seed 3, as the layers get them; the step's logits."""
+    seen = []
+    with attach(model, neftune_noise_alpha=5, neftune_seed=3) as handle:
+        handle.set_step(1)
+        for site in handle.sites:
+            hook = site.module.register_forward_hook(lambda module, args, output: seen.append(output))
+        output = model(**inputs)
+        if backward:
+            loss = (output.logits if hasattr(output, "logits") else output).float().square().mean()
+            loss.backward() if backward is True else backward(loss)
+        handle.check_noised()
+    if seen:
+        hook.remove()
+    assert leftovers(model) == []
+    return (seen[0].detach() if seen else None), output
+
+
+def assert_same_bits(found, expected):
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    assert torch.equal(found, expected), (found - expected).abs().max()
+
+
+def bare(**overrides):
+    return tiny_llama(attention_dropout=0.0, **overrides).train()
+
+
+def wrapped(kind):
+    model = bare()
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp1":
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    if kind == "fsdp1_flat":
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))  # its axis has no name
+    if kind == "fsdp2_embedding":
+        fully_shard(model.get_input_embeddings(), mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@scenario("ddp", "fsdp1", "fsdp1_flat", "fsdp2", "fsdp2_embedding")
+def data_parallel(kind):
+    rank = distributed.get_rank()
+    expected, _ = noised(bare(), **batch(rank))
+    found, _ = noised(wrapped(kind), **batch(rank))
+    assert_same_bits(found, expected)
+    others = [torch.empty_like(found) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(others, found)
+    assert not torch.equal(others[0], others[1])
+
+
+def distributed_llama(folder=None, **sizes):
+    """As transformers loads it: from a folder, onto a mesh."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    tie = sizes.pop("tie_word_embeddings", False)
+    folder = Path(os.environ["RANKS_FOLDER"]) / f"llama-{tie}"
+    if distributed.get_rank() == 0 and not folder.exists():
+        bare(tie_word_embeddings=tie).save_pretrained(folder)
+    distributed.barrier()
+    model = LlamaForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(**sizes), attn_implementation="eager"
+    )
+    return model.train()
+
+
+def peers_are_identical(tensor, group=None):
+    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, tensor.contiguous(), group=group)
+    return all(torch.equal(part, parts[0]) for part in parts)
+
+
+@scenario("trainable", "frozen", "tied")
+def tensor_parallel(kind):
+    model = distributed_llama(tp_size=2, tie_word_embeddings=kind == "tied")
+    reference = bare(tie_word_embeddings=kind == "tied")
+    for m in (model, reference):
+        m.get_input_embeddings().requires_grad_(kind != "frozen")
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
+    for step in range(2):
+        expected, clean = noised(reference, **batch(step))
+        found, output = noised(model, **batch(step))
+        assert peers_are_identical(found)
+        if step == 0:
+            assert_same_bits(found, expected)
+        else:  # the first step's sums over the peers are rounded otherwise than those of one process
+            torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(output.logits, clean.logits, rtol=1e-4, atol=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@scenario("tp_size=2 fsdp_size=2", "fsdp_size=2 dp_replicate_size=2", "fsdp_size=4")
+def on_a_mesh(kind):
+    """Tensor-parallel peers share a batch and its noise; every other process has both for itself."""
+    sizes = {name: int(size) for name, size in (part.split("=") for part in kind.split())}
+    model = distributed_llama(**sizes)
+    data_rank = distributed.get_rank() // sizes.get("tp_size", 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        found, _ = noised(model, **batch(data_rank))
+        if step == 0:
+            expected, _ = noised(bare(), **batch(data_rank))
+            assert_same_bits(found, expected)
+        others = [torch.empty_like(found) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(others, found)
+        for rank, other in enumerate(others):
+            assert torch.equal(other, found) == (rank // sizes.get("tp_size", 1) == data_rank)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Embeds(nn.Module):
+    """A table of vectors and nothing after it: for outputs that no layer would take."""
+
+    def __init__(self, d=D, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(VOCAB, d, dtype=dtype)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.embed_tokens(input_ids)
+
+
+OUTPUTS = {"replicate": Replicate(), "rows": Shard(0), "columns": Shard(1), "channels": Shard(-1)}
+
+
+@scenario(*(f"{name} {where}" for name in OUTPUTS for where in ("dtensor", "local")))
+def sharded_output(kind):
+    name, where = kind.split()
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    for dtype, d, frozen in ((torch.float32, D, False), (torch.bfloat16, 33, True)):
+        inputs = batch(width=7)  # cut in 4 and 3
+        inputs = {key: torch.cat([value, value[:1]]) for key, value in inputs.items()}
+        expected, _ = noised(Embeds(d, dtype).train(), backward=False, **inputs)
+        model = Embeds(d, dtype).train()
+        style = ColwiseParallel if name == "channels" else RowwiseParallel
+        style = style(input_layouts=Replicate(), output_layouts=OUTPUTS[name], use_local_output=where == "local")
+        parallelize_module(model, mesh, {"embed_tokens": style})
+        model.requires_grad_(not frozen)
+        found, _ = noised(model, backward=not frozen, **inputs)
+        assert isinstance(found, DTensor) == (where == "dtensor")
+        if where == "local":
+            found = DTensor.from_local(
+                found, mesh, [OUTPUTS[name]], run_check=False, shape=expected.shape, stride=expected.stride()
+            )
+        assert_same_bits(found.full_tensor(), expected)
+        if not frozen:
+            gradient = model.embed_tokens.weight.grad.full_tensor()
+            assert gradient.abs().sum() > 0
+
+
+@scenario("partial", "local")
+def unknown_placement_is_refused(kind):
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    model = Embeds().train()
+
+    def spoil(module, args, output):
+        if kind == "partial":
+            return DTensor.from_local(output, mesh, [Partial()], run_check=False)
+        return output[:, :2]
+
+    model.embed_tokens.register_forward_hook(spoil)
+    with pytest.raises(NEFTuneError, match="embed_tokens.*" + ("Partial" if kind == "partial" else r"\(2, 2, 32\)")):
+        noised(model, **batch())
+
+
+@scenario()
+def ids_that_are_dtensors():
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    inputs = batch()
+    expected, _ = noised(Embeds().train(), **inputs)
+    model = Embeds().train()
+    model.embed_tokens.weight = nn.Parameter(
+        DTensor.from_local(model.embed_tokens.weight.detach(), mesh, [Replicate()], run_check=False)
+    )
+    shard = {name: distributed.tensor.distribute_tensor(value, mesh, [Shard(1)]) for name, value in inputs.items()}
+    found, _ = noised(model, **shard)
+    assert_same_bits(found.full_tensor(), expected)
+    with pytest.raises(NEFTuneError, match="`attention_mask` is a plain tensor"):
+        noised(model, input_ids=shard["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+@scenario("untied", "tied", "transformers untied", "transformers tied")
+def pipeline(kind):
+    tied, first = kind.split()[-1] == "tied", distributed.get_rank() == 0
+    if kind.startswith("transformers"):
+        model = distributed_llama(pp_size=2, tie_word_embeddings=tied)
+        found, _ = noised(model, backward=False, **batch())
+    elif first or tied:
+        model = bare(tie_word_embeddings=tied)
+        if not first:
+            model._pp_stage = types.SimpleNamespace(pp_is_first_stage=False)
+        found, _ = noised(model, **batch())
+    else:
+        model = bare()
+        model.model.embed_tokens = None
+        found, _ = noised(model, inputs_embeds=torch.zeros(2, 6, D))
+    assert (found is not None) == first
+    if first:
+        expected, _ = noised(bare(tie_word_embeddings=tied), **batch())
+        assert_same_bits(found, expected)
+        with pytest.raises(NoNoiseError):  # a model that embeds nothing is still an error
+            noised(bare(), inputs_embeds=torch.zeros(2, 6, D))
+
+
+# What a call is given besides the ids, for two rows of `width`.
+SPLIT_CALLS = {
+    "right": lambda width: {"attention_mask": torch.arange(width).expand(2, -1) < torch.tensor([[width], [width - 3]])},
+    "left": lambda width: {"attention_mask": torch.arange(width).expand(2, -1) >= torch.tensor([[0], [3]])},
+    "no mask": lambda width: {},
+    "packed": lambda width: {"position_ids": torch.cat([torch.arange(3), torch.arange(width - 3)]).repeat(2, 1)},
+    "packed, one row of positions": lambda width: {
+        "position_ids": torch.cat([torch.arange(width - 1), torch.arange(1)])[None]
+    },
+    "padding-free": lambda width: {"cu_seq_lens_q": torch.tensor([0, 3, width + 2, 2 * width - 1])},
+    "4-dimensional": lambda width: {
+        "attention_mask": torch.block_diag(torch.ones(3, 3), torch.ones(width - 3, width - 3)).tril()[None, None].bool()
+    },
+}
+
+
+class EmbedsCall(Embeds):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cu_seq_lens_q=None):
+        return self.embed_tokens(input_ids)
+
+
+def split_call(name, width, seed=0):
+    """Ids and layout arguments as the Trainer makes them for context parallelism: positions are always there."""
+    ids = torch.randint(3, VOCAB, (2, width), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "position_ids": torch.arange(width).repeat(2, 1)} | SPLIT_CALLS[name](width)
+
+
+def accelerator_on_cpu(**sizes):
+    """Accelerate has its parallelism for devices only: it is told that the processes are GPUs, over gloo."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if not sizes:
+        return None
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    return Accelerator(parallelism_config=ParallelismConfig(**sizes), fsdp_plugin=plugin)
+
+
+@scenario(*(f"{name}; {width}" for name in SPLIT_CALLS for width in (8, 10, 9)))
+def context_parallel(kind):
+    """8 columns are dealt head and tail, 10 and 9 one after the other. Four processes are two groups."""
+    name, width = kind.split("; ")
+    group = distributed.get_rank() // 2
+    model, inputs = EmbedsCall().train(), split_call(name, int(width), group)
+    expected, _ = noised(EmbedsCall().train(), **{key: value.clone() for key, value in inputs.items()})
+    accelerator = accelerator_on_cpu(cp_size=2, dp_shard_size=distributed.get_world_size() // 2)
+    accelerator._prepare_cp(model)
+    buffers = [value for value in inputs.values() if value.dim() == 2]
+    with accelerator.maybe_context_parallel(
+        buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
+    ):
+        found, _ = noised(model, **inputs)
+    rank = accelerator.state.device_mesh["cp"].get_local_rank()
+    columns = {8: [[0, 1, 6, 7], [2, 3, 4, 5]], 10: [range(5), range(5, 10)], 9: [range(5), range(5, 9)]}
+    assert_same_bits(found, expected[:, list(columns[int(width)][rank])])
+    # outside of it nothing is split
+    found, _ = noised(model, **split_call(name, int(width), group))
+    assert_same_bits(found, expected)
+    accelerator_on_cpu()
+
+
+@scenario()
+def context_parallel_without_accelerate_is_refused():
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = distributed.init_device_mesh("cpu", (distributed.get_world_size(),))
+    inputs = split_call("right", 8)
+    with (
+        context_parallel(mesh, buffers=list(inputs.values()), buffer_seq_dims=[1] * len(inputs)),
+        pytest.raises(NEFTuneError, match="ParallelismConfig"),
+    ):
+        noised(EmbedsCall().train(), **inputs)
+
+
+@scenario(*(f"{name}; {width}" for name in ("right", "packed", "no mask") for width in (8, 10)))
+def ulysses(kind):
+    """DeepSpeed's groups are a stand-in; it cuts each row in equal slices, positions included."""
+    name, width = kind.split("; ")
+    inputs = split_call(name, int(width), seed=distributed.get_rank() // 2)
+    expected, _ = noised(EmbedsCall().train(), **inputs)
+    mesh, size = distributed.init_device_mesh("cpu", (distributed.get_world_size() // 2, 2)), 2
+    group, rank = mesh.get_group(1), mesh.get_local_rank(1)
+    sys.modules["deepspeed.utils.groups"] = types.SimpleNamespace(
+        _get_sequence_parallel_world_size=lambda: size, _get_sequence_parallel_group=lambda: group
+    )
+    try:
+        sliced = {key: value.chunk(size, dim=1)[rank] for key, value in inputs.items()}
+        found, _ = noised(EmbedsCall().train(), **sliced)
+    finally:
+        del sys.modules["deepspeed.utils.groups"]
+    parts = [torch.empty_like(found) for _ in range(size)]
+    distributed.all_gather(parts, found, group=group)
+    assert_same_bits(torch.cat(parts, dim=1), expected)
+
+
+@scenario("zero2", "zero3", "autotp", "autotp tied")
+def deepspeed(kind):
+    """On gloo. Tensor-parallel peers have the same batch."""
+    import deepspeed
+
+    tied, config = kind.endswith("tied"), {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
+    model, data_rank = bare(tie_word_embeddings=tied), distributed.get_rank()
+    if kind.startswith("autotp"):
+        model, data_rank = deepspeed.tp_model_init(model, tp_size=2, dtype=torch.float32), 0
+        config |= {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 0}}
+    else:
+        config |= {"zero_optimization": {"stage": int(kind[-1])}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.train()
+    found, _ = noised(engine, backward=engine.backward, **batch(data_rank))
+    expected, _ = noised(bare(tie_word_embeddings=tied), **batch(data_rank))
+    assert_same_bits(found, expected)
+    assert peers_are_identical(found) == kind.startswith("autotp")
+
+
+@scenario()
+def deepspeed_ulysses():
+    """DeepSpeed's own groups and data loader, as accelerate puts them together."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+    from deepspeed.utils import groups
+
+    rank = distributed.get_rank()
+    parallel_state_sp.initialize_sequence_parallel(2)
+    group = parallel_state_sp.get_sequence_parallel_group()
+    call = split_call("packed", 8, seed=rank)
+    expected = [noised(EmbedsCall().train(), **split_call("packed", 8, seed=seed))[0] for seed in (0, 1)]
+    loader = UlyssesSPDataLoaderAdapter([call | {"labels": call["input_ids"]}], rank, group, 2, torch.device("cpu"))
+    groups.mpu = parallel_state_sp  # as `deepspeed.initialize(mpu=...)` does
+    try:
+        for inputs, whole in zip(loader, expected, strict=True):
+            found, _ = noised(EmbedsCall().train(), **{name: inputs[name] for name in ("input_ids", "position_ids")})
+            assert_same_bits(found, whole[:, 4 * rank : 4 * rank + 4])
+    finally:
+        groups.mpu = None
+
+
+def main(file: str, *names: str) -> None:
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, failed = distributed.get_rank(), {}
+    for name in names:
+        try:
+            SCENARIOS[name]()
+        except (Exception, pytest.fail.Exception):
+            failed[name] = traceback.format_exc()
+    Path(f"{file}.{rank}").write_text(json.dumps(failed))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

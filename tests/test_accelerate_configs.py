@@ -1,0 +1,82 @@
+"""configs/accelerate: accelerate knows every key; runs in two processes, on one node and on two."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from .conftest import ROOT
+from .records import records, write
+from .test_recipes import SMALL
+
+CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+ALPACA = "tatsu-lab/alpaca"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_accelerate_reads_it(file):
+    config = load_config_from_file(str(file))
+    options = set(vars(launch_command_parser().parse_args(["script"])))
+    given = {**config.fsdp_config, **config.deepspeed_config}
+    unknown = [key for key in given if key not in options and not key.startswith("deepspeed_")]
+    assert config.num_processes >= 2
+    assert not unknown
+
+
+def environment() -> dict[str, str]:
+    """accelerate's config is for GPUs: it is told to use none, and starts the same processes."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+
+
+def options(folder, model_folder) -> list[str]:
+    small = SMALL | {"model_name_or_path": model_folder, "output_dir": str(folder / "run")}
+    small["dataset_name"] = write(folder / "set.json", records(ALPACA))
+    return [word for key, value in small.items() for word in (f"--{key}", str(value))]
+
+
+def test_the_command_of_the_docs_in_two_processes(tmp_path, model_folder):
+    command = [sys.executable, "-m", "neftune_hf", "sft", "--config", "configs/alpaca_qwen3.yaml"]
+    command += ["--accelerate_config", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
+    result = subprocess.run(
+        [*command, *options(tmp_path, model_folder)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("NEFTune summary") == 1
+    assert "noised in 2 forward passes" in result.stdout
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path, model_folder):
+    """One process on each; without GPUs as plain data parallelism."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configs/accelerate/multi_node.yaml",
+    ]
+    command += ["--multi_gpu", "--num_processes", "2", "--main_process_port", port]
+    nodes = [
+        subprocess.Popen(
+            [*command, "--machine_rank", str(rank), "-m", "neftune_hf", "sft", "--config", "configs/alpaca_qwen3.yaml",
+             *options(tmp_path, model_folder)],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        outputs = [node.communicate(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][1][-3000:]
+    assert "noised in 2 forward passes" in outputs[0][0]
+    assert "NEFTune summary" not in outputs[1][0]

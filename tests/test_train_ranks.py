@@ -1,0 +1,57 @@
+"""The Trainer in several processes: every record's noise, the ratio over all ranks, resumed and killed runs."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from .conftest import ROOT
+from .test_ranks import torchrun
+
+
+def train(folder, processes: int, setup: str = "ddp", phase: str = "run", **options) -> dict:
+    folder.mkdir(exist_ok=True)
+    if processes == 1:
+        command = [sys.executable, "-m", "tests.train_ranks", setup, str(folder), phase]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    else:
+        torchrun(processes, "-m", "tests.train_ranks", setup, str(folder), phase, **options)
+    return torch.load(folder / f"{phase}.pt")
+
+
+@pytest.mark.parametrize("setup", ["fsdp1", "fsdp2", "cp", "zero2", "zero3", "sp"])
+def test_a_run_in_two_processes(tmp_path, setup):
+    """What is checked is in train_ranks: every record's noise is that of the record alone."""
+    if setup in ("zero2", "zero3", "sp"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: ZeRO and Ulysses are not tested")
+    assert list(train(tmp_path, 2, setup, DS_ACCELERATOR="cpu")["records"]) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+)
+def test_a_run_resumed_in_another_number_of_processes_has_the_same_noise(tmp_path, before, after):
+    whole = train(tmp_path, before)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    resumed = train(tmp_path, after, phase="resume")
+    assert resumed["first_step"] == 2
+    assert resumed["records"] == {step: whole["records"][step] for step in range(2, 6)}
+    if before == after:
+        assert all(torch.equal(a, b) for a, b in zip(resumed["weights"], whole["weights"], strict=True))
+    torch.testing.assert_close(resumed["weights"], whole["weights"])
+
+
+@pytest.mark.slow
+def test_a_killed_process_and_a_restart_from_the_last_checkpoint(tmp_path):
+    """`torchrun --max-restarts`; on gloo its processes need a store of their own."""
+    whole = train(tmp_path / "whole", 2)
+    options = {"restarts": 1, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    killed = train(tmp_path / "killed", 2, phase="die", **options)
+    assert (tmp_path / "killed" / "grave").exists()
+    assert killed["first_step"] == 2
+    assert killed["records"] == {step: whole["records"][step] for step in range(2, 6)}
+    assert all(torch.equal(a, b) for a, b in zip(killed["weights"], whole["weights"], strict=True))
