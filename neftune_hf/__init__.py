@@ -1,4 +1,4 @@
-"""NEFTune for Hugging Face, as its authors ran it."""
+"""NEFTune for Hugging Face: exact per-sequence noise for any model, adapter and trainer, in training steps only."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -54,7 +54,12 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    try:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        raise ModuleNotFoundError(f'`{name}` needs trl: pip install "neftune_hf[trl]"', name="trl") from error
 
 
 def __dir__() -> list[str]:

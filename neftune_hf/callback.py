@@ -58,24 +58,25 @@ class NEFTuneCallback(TrainerCallback):
         NEFTuneConfigError: A setting is out of range, or the args say otherwise.
         EmbeddingNotFoundError: The model has no token embeddings.
         NEFTuneError: The Trainer has two of these callbacks, or one process runs the model on several GPUs
-            (`torch.nn.DataParallel`).
+            (`torch.nn.DataParallel`), or `neftune_symmetric` is True without [`NEFTuneTrainerMixin`].
         NoNoiseError: A step ended and an embedding was not noised in it.
 
     Example:
 
     ```python
-    >>> from transformers import Trainer
-    >>> from neftune_hf import NEFTuneCallback
-    >>> Trainer(model, args, train_dataset=dataset, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)]).train()
+    from transformers import Trainer
+    from neftune_hf import NEFTuneCallback
+
+    Trainer(model, args, train_dataset=dataset, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)]).train()
     ```
     """
 
-    def __init__(self, **fields):
+    def __init__(self, **fields: Any):
         NEFTuneConfig(**fields)
         self.fields = fields
         self.handle: NEFTuneHandle | None = None
         self.run: NEFTuneRun | None = None
-        self.on_resolved: Callable[[NEFTuneConfig], None] = _ignore
+        self.on_resolved: Callable[[NEFTuneConfig], None] = _refuse_pairs  # the mixin, which runs them, sets its own
         self._of_trainer: Callable[[], Any] = _none  # weak references to the trainer's control and model
         self._of_model: Callable[[], Any] = _none
         self._gives_way = False
@@ -115,11 +116,12 @@ class NEFTuneCallback(TrainerCallback):
         self._record_run()
         if self.handle.sites and state.is_world_process_zero:
             logger.info(
-                "NEFTune: %s noise, alpha %g (%s), on %s%s",
+                "NEFTune: %s noise, alpha %g (%s), on %s%s%s",
                 config.neftune_noise_type,
                 config.neftune_noise_alpha,
                 config.neftune_schedule,
                 ", ".join(map(str, self.handle.sites)),
+                "; symmetric pairs: two passes a step" if config.neftune_symmetric else "",
                 "; it takes the place of transformers' built-in" if replaced or args.neftune_noise_alpha else "",
             )
 
@@ -153,7 +155,7 @@ class NEFTuneCallback(TrainerCallback):
 
     def _measure(self, args, control) -> None:
         """Sum over all ranks where the Trainer is about to log: it does so on all of them, a user's code may not."""
-        if control.should_log and self.handle.config.enabled:
+        if self.handle is not None and control.should_log and self.handle.config.enabled:
             self._ratio = decibels(summed_over_ranks(self.handle.power(args.device)))
 
     def write_metrics(self, logs: dict[str, float], state) -> None:
@@ -177,12 +179,13 @@ class NEFTuneCallback(TrainerCallback):
             self.handle = None
 
     def _record_run(self) -> None:
-        handle = self.handle
+        if (handle := self.handle) is None:
+            return
         sites = {site.path: str(site) for site in handle.sites}
         self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards, handle.noise_to_embedding_db)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"handle": None, "on_resolved": _ignore, "_of_trainer": _none, "_of_model": _none}
+        return self.__dict__ | {"handle": None, "on_resolved": _refuse_pairs, "_of_trainer": _none, "_of_model": _none}
 
 
 class NEFTuneDefaultCallback(TrainerCallback):
@@ -211,7 +214,7 @@ def prepare_transformers() -> None:
     """
     if NEFTuneDefaultCallback in transformers.trainer.DEFAULT_CALLBACKS:
         return
-    transformers.trainer.DEFAULT_CALLBACKS.append(NEFTuneDefaultCallback)
+    transformers.trainer.DEFAULT_CALLBACKS.append(NEFTuneDefaultCallback)  # type: ignore[arg-type]
     activate, deactivate = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
 
     def activate_neftune(model, *args, **kwargs):
@@ -238,8 +241,12 @@ def _remove_builtin(model: nn.Module) -> bool:
     return found
 
 
-def _ignore(config: NEFTuneConfig) -> None:
-    pass
+def _refuse_pairs(config: NEFTuneConfig) -> None:
+    if config.enabled and config.neftune_symmetric:
+        raise NEFTuneError(
+            "`neftune_symmetric` is True, and a callback cannot pass a batch twice. Use `NEFTuneSFTTrainer`, or write "
+            "`class MyTrainer(NEFTuneTrainerMixin, Trainer)`, or set `neftune_symmetric=False`."
+        )
 
 
 def _none() -> None:

@@ -32,6 +32,9 @@ class NEFTuneConfig:
             Alpha over training: `"constant"`, or `"linear"` or `"cosine"` down to 0.
         neftune_seed (`int`, *optional*):
             Seed of the noise, 64 bits. `None` takes the trainer's `seed`.
+        neftune_symmetric (`bool`, defaults to `False`):
+            Symmetric pairs ([SymNoise](https://arxiv.org/abs/2312.01523)): each batch is passed twice, with e + s and
+            with e - s, where s is the noise, and its loss is the mean of the two. A step takes twice as long.
 
     Raises:
         NEFTuneConfigError: A value is out of range. The message names the field.
@@ -50,6 +53,7 @@ class NEFTuneConfig:
     neftune_length: str = "tokens"
     neftune_schedule: str = "constant"
     neftune_seed: int | None = None
+    neftune_symmetric: bool = False
 
     def __post_init__(self):
         alpha = self.neftune_noise_alpha
@@ -68,6 +72,11 @@ class NEFTuneConfig:
             raise NEFTuneConfigError(
                 f"`neftune_seed` must be an int from 0 to 2**64 - 1 or None, got {seed!r} ({type(seed).__name__}). "
                 "None takes the trainer's `seed`."
+            )
+        if not isinstance(self.neftune_symmetric, bool):
+            raise NEFTuneConfigError(
+                f"`neftune_symmetric` must be True or False, got {self.neftune_symmetric!r} "
+                f"({type(self.neftune_symmetric).__name__}). True passes each batch twice, with e + s and with e - s."
             )
 
     @property

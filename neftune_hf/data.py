@@ -5,9 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from datasets.exceptions import DatasetsError
@@ -15,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 
+from . import __version__
 from .errors import DatasetError, first_line
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _CARRIED = ("tools", "chat_template_kwargs")  # TRL gives them to the chat templ
 _KNOWN = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS, "prompt", "completion", "text"}
 
 # Given to every `map`: datasets caches what a function made of a file, and does not see that its helpers changed.
-_VERSION = {"version": version("neftune_hf")}
+_VERSION = {"version": __version__}
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _BLANK = {"role": "user", "content": ""}
@@ -127,11 +127,12 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
         used = {"prompt", "completion"}
 
         def convert(record: dict) -> Iterator[tuple]:
-            parts = record["prompt"], record["completion"]
+            parts: tuple[Any, Any] = record["prompt"], record["completion"]
             if any(isinstance(part, list) for part in parts):
                 if any(isinstance(part, str) for part in parts):
                     raise DatasetError(f"{name}: one of `prompt` and `completion` is text and the other messages.")
-                parts = tuple([_message(turn, name) for turn in part or [None]] for part in parts)
+                prompt, completion = ([_message(turn, name) for turn in part or [None]] for part in parts)
+                parts = prompt, completion
             else:
                 parts = _text(record, ["prompt"], name), _text(record, ["completion"], name)
             yield parts
@@ -184,7 +185,7 @@ def keep_usable(
         return data
     end = tokenizer.eos_token or ""  # TRL appends it to text, and leaves it to the template in messages
 
-    def tokens(parts: list[str | list], is_prompt: bool) -> list[int]:
+    def tokens(parts: list[Any], is_prompt: bool) -> list[int]:
         """How many tokens each has; -1 where the template rejects the messages."""
         chat = isinstance(parts[0], list)
         texts = [_templated(tokenizer, part, is_prompt) for part in parts] if chat else parts
@@ -280,7 +281,7 @@ def dataset_errors(argument: str, name: str) -> Iterator[None]:
         yield
     except StopIteration as error:
         raise DatasetError(f"`{argument}`: {name} is empty.") from error
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
         if "corresponds to no data" in str(error):
             raise DatasetError(f"`{argument}`: {name} is empty.") from error
         said = first_line(error.__cause__ or error)
@@ -376,8 +377,10 @@ def _content(message: dict[str, Any]) -> str:
 
 def _is_empty(part: str | list[dict[str, Any]] | None) -> bool:
     """Whether nothing is said, or a user's turn says nothing."""
-    if not part or isinstance(part, str):
-        return (part or "").strip() in ("", plain_prompt("").strip())
+    if not part:
+        return True
+    if isinstance(part, str):
+        return part.strip() in ("", plain_prompt("").strip())
     said = [bool(_content(message).strip()) or bool(message.get("tool_calls")) for message in part]
     return not any(said) or any(m["role"] == "user" and not s for m, s in zip(part, said, strict=True))
 
@@ -386,6 +389,6 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
     if not messages:
         return None
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, tokenize=False)
+        return cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, tokenize=False))
     except (TemplateError, TypeError):  # TypeError: a template adds a null, such as the content of a tool call
         return None

@@ -4,9 +4,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .errors import EmbeddingNotFoundError
 
@@ -81,8 +79,9 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     found = {}
     for text_model, (is_decoder, config) in asked.items():
         for embedding in _embeddings_that_run(text_model):
-            d = _width(_table(embedding))
-            found[embedding] = d, is_decoder, _placeholders(config), getattr(config, "pad_token_id", None)
+            if (table := _table(embedding)) is not None:
+                pad = getattr(config, "pad_token_id", None)
+                found[embedding] = _width(table), is_decoder, _placeholders(config), pad
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(
@@ -92,17 +91,6 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
             "that returns that module."
         )
     return sites
-
-
-def embedding_rms(site: EmbeddingSite) -> float | None:
-    """RMS of the site's output, over up to 4,096 ids of its vocabulary; None where this process has not all weights."""
-    table = _table(site.module)
-    parameters = list(site.module.parameters())
-    if any(p.is_meta or p.numel() == 0 or isinstance(p, DTensor) for p in parameters):
-        return None
-    ids = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 4096), device=parameters[0].device)
-    with torch.no_grad():
-        return site.module(ids[None]).float().square().mean().sqrt().item()
 
 
 def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
@@ -124,7 +112,7 @@ def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
 
 
 def forward_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of the module's forward, in order; of its class's where it was replaced by a looser one."""
+    """Names of the parameters of the module's forward, in order; of its class's where a looser one replaced it."""
     own = tuple(inspect.signature(module.forward).parameters)
     return own if "attention_mask" in own else tuple(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -136,14 +124,15 @@ def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
     """
     from transformers import PreTrainedModel
 
-    outermost, inner = [], set()
+    outermost: list[nn.Module] = []
+    inner: set[nn.Module] = set()
     for module in root.modules():
         if isinstance(module, PreTrainedModel) and module not in inner:
             outermost.append(module)
             inner.update(module.modules())
-    text_models = {}
+    text_models: dict[nn.Module, tuple[bool, Any]] = {}
     for model in outermost or [root]:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if isinstance(model, PreTrainedModel) and config.is_encoder_decoder:
             encoder, decoder = model.get_encoder(), model.get_decoder()
             if encoder in set(decoder.modules()):  # a composite whose text model is the encoder-decoder
@@ -156,17 +145,20 @@ def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
 
 def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
     """What the model names as its input embedding; the modules tied to it, where it only holds their weight."""
-    embedding = _ask(text_model)
-    if embedding is None or (table := _table(embedding)) is None:
+    from transformers import PreTrainedConfig
+
+    embedding, config = _ask(text_model), getattr(text_model, "config", None)
+    # A vision tower has an embedding too, of its patches' positions.
+    is_text = not isinstance(config, PreTrainedConfig) or getattr(config.get_text_config(), "vocab_size", None)
+    if embedding is None or (table := _table(embedding)) is None or not is_text:
         return []
     holders = [name for name, module in text_model.named_children() if module is embedding]
-    tied = [
+    tied: list[nn.Module] = [
         module
         for module in text_model.modules()
         if isinstance(module, nn.Embedding) and module is not table and module.weight is table.weight
     ]
-    own_config = getattr(text_model, "config", None)
-    holds_only = holders == ["shared"] and not getattr(own_config, "is_encoder_decoder", False)  # T5EncoderModel
+    holds_only = holders == ["shared"] and not getattr(config, "is_encoder_decoder", False)  # T5EncoderModel
     return tied if holds_only and tied else [embedding]
 
 
@@ -176,15 +168,16 @@ def _placeholders(config: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 
-def _ask(text_model: nn.Module) -> nn.Module | None:
+def _ask(text_model: Any) -> nn.Module | None:
     try:
         embedding = text_model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # a side that is a plain module, a speech encoder, no such model
         embedding = getattr(text_model, "embed_tokens", None)
-    return embedding if isinstance(embedding, nn.Module) else None  # Perceiver's are a bare parameter
+    # Perceiver's are a bare parameter, MusicGen's a list with one for each codebook.
+    return embedding if isinstance(embedding, nn.Module) and not isinstance(embedding, nn.ModuleList) else None
 
 
-def _table(embedding: nn.Module) -> nn.Module | None:
+def _table(embedding: nn.Module) -> Any:
     """The table of vectors in an embedding module, under adapters. Its weight is not looked at: it may be sharded."""
     return next((module for module in embedding.modules() if _is_table(module)), None)
 
@@ -193,5 +186,5 @@ def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or type(module).__name__ in _DEEPSPEED_TABLES
 
 
-def _width(table: nn.Module) -> int:
+def _width(table: Any) -> int:
     return table.embedding_dim if isinstance(table, nn.Embedding) else table._orig_weight_shape[1]

@@ -1,8 +1,10 @@
 """NEFTune on one model: on and off, step by step."""
 
+import contextlib
 import itertools
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -89,6 +91,7 @@ class NEFTuneHandle:
             for index, modules in enumerate(around)
         ]
         self._removables: list = []
+        self._sign = 1
         self.set_step(0)
 
     def set_step(self, step: int, max_steps: int | None = None) -> None:
@@ -113,10 +116,53 @@ class NEFTuneHandle:
         self.step = int(step)
         alpha = self.config.neftune_noise_alpha or 0.0
         self.alpha = scheduled_alpha(alpha, self.config.neftune_schedule, self.step, self._max_steps or 1)
-        self._state.ran = False
+        self._state.ran = self._had_negated = False
         self._state.split = split_sequence() if self.sites else None
         for index, embedding in enumerate(self._state.embeddings):
-            embedding.begin_step(self.alpha, noise_key(self.config.neftune_seed or 0, self.step, index))
+            embedding.begin_step(noise_key(self.config.neftune_seed or 0, self.step, index))
+        self._fill_alpha(self._sign)
+
+    @contextlib.contextmanager
+    def negated(self) -> Iterator[None]:
+        """The second pass of a symmetric pair: inside, an embedding returns e - s where it returned e + s.
+
+        The noise s is a function of the sequence and the step, so the same batch has the same s; the two noises sum to
+        zero exactly. For the loss of a pair, pass the batch once outside and once inside, each with half of its loss.
+        Call `backward()` inside: a checkpoint repeats its forward there, and would repeat it with the other sign.
+        Dropout draws anew, as it does for each row of a batch. The step does not advance.
+
+        Raises:
+            NEFTuneError: `neftune_symmetric` is False.
+
+        Example:
+
+        ```python
+        >>> with attach(model, neftune_noise_alpha=5, neftune_symmetric=True) as handle:
+        ...     for batch in batches:
+        ...         (model(**batch).loss / 2).backward()
+        ...         with handle.negated():
+        ...             (model(**batch).loss / 2).backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ```
+        """
+        if not self.config.neftune_symmetric:
+            raise NEFTuneError(
+                "`negated()` was called and `neftune_symmetric` is False. Set `neftune_symmetric=True` where alpha is "
+                "set: a step without the second pass is then an error."
+            )
+        before, self._had_negated = self._sign, True
+        self._fill_alpha(-1)
+        try:
+            yield
+        finally:
+            self._fill_alpha(before)
+
+    def _fill_alpha(self, sign: int) -> None:
+        self._sign = sign
+        for embedding in self._state.embeddings:
+            embedding.negated = sign < 0
+            embedding.alpha.fill_(sign * self.alpha)
 
     @property
     def noised_forwards(self) -> dict[str, int]:
@@ -147,7 +193,8 @@ class NEFTuneHandle:
         An embedding that ran in eval mode or without gradients, such as a teacher's, need not be, if another one was.
 
         Raises:
-            NoNoiseError: No embedding was noised, or one did not run at all.
+            NoNoiseError: No embedding was noised, or one did not run at all; or the second pass of a symmetric pair
+                was left out.
         """
         states = self._state.embeddings
         noised = [embedding.is_noised for embedding in states]
@@ -162,6 +209,11 @@ class NEFTuneHandle:
                 f"{', '.join(silent)}. Either the model was given `inputs_embeds` instead of token ids, or the "
                 "embedding is in eval mode, or the model embeds its tokens with another module. Pass token ids, or set "
                 "`neftune_noise_alpha=None`."
+            )
+        if states and self.config.neftune_symmetric and not self._had_negated:
+            raise NoNoiseError(
+                "`neftune_symmetric` is True, and a training step ended without a pass with e - s. Pass each batch a "
+                "second time inside `with handle.negated():`, or set `neftune_symmetric=False`."
             )
 
     def attach(self) -> None:
@@ -179,8 +231,7 @@ class NEFTuneHandle:
                     "noise twice. Call `remove()` on the first, or leave its `with` block."
                 )
             refuse_other_neftune(site.module)
-        for forward in self._forwards:
-            forward.put_on()
+        self._forwards = [forward.put_on() for forward in self._forwards]
         for site, hook in zip(self.sites, self._hooks, strict=True):
             remove_copied_hooks(site.module)
             self._removables.append(site.module.register_forward_hook(hook, with_kwargs=True))

@@ -32,7 +32,8 @@ class EmbeddingState:
     Tensors are updated in place: a compiled graph takes them as inputs and need not be compiled anew.
 
     Attributes:
-        alpha, key: 0-d float32 and int64, for the present step.
+        alpha, key: 0-d float32 and int64, for the present step. Alpha is below zero in the second pass of a pair.
+        negated: The same for eager code, which must not read alpha back from a device.
         power: (2,) float32, the summed powers of noise and embeddings over a sample of tokens, since the last reset.
         noised: Forward passes in this step that were noised, by eager code and without recomputations.
         noised_compiled: 0-d int64. The same by compiled code, which cannot count in Python without compiling anew.
@@ -45,6 +46,7 @@ class EmbeddingState:
     def __init__(self, site: EmbeddingSite):
         self.site = site
         self.alpha = torch.zeros(())
+        self.negated = False
         self.key = torch.zeros((), dtype=torch.int64)
         self.power = torch.zeros(2)
         self.noised_compiled = torch.zeros((), dtype=torch.int64)
@@ -54,8 +56,7 @@ class EmbeddingState:
         self.calls = WeakIdKeyDictionary()
         self.shapes: set[torch.Size] = set()
 
-    def begin_step(self, alpha: float, key: int) -> None:
-        self.alpha.fill_(alpha)
+    def begin_step(self, key: int) -> None:
         self.key.fill_(key)
         self._earlier += self.noised
         self._earlier_compiled.add_(self.noised_compiled)
@@ -117,8 +118,12 @@ class RecordedForward:
         self.replaced = module.__dict__.get("forward")
         functools.update_wrapper(self, module.forward)  # transformers and accelerate read its signature
 
-    def put_on(self) -> None:
+    def put_on(self) -> "RecordedForward":
+        """Replace the module's forward; where something else has replaced it meanwhile, by a wrapper of that one."""
+        if self.module.__dict__.get("forward") is not self.replaced:
+            return RecordedForward(self.module, self.number, self.state).put_on()
         self.module.forward = self
+        return self
 
     def take_off(self) -> None:
         """Restore what was there. Something that has wrapped this wrapper since keeps it, and it records in vain."""
@@ -187,7 +192,8 @@ class NoiseHook:
             tensor if tensor.device == output.device else tensor.to(output.device)
             for tensor in (embedding.alpha, embedding.key, embedding.power)
         )
-        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, part)
+        negated = not compiling and embedding.negated  # in this order: compiled code must not depend on it
+        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, negated, part)
 
     def arguments(self, ids: torch.Tensor) -> CallArguments:
         site, split, columns = self.embedding.site, self.state.split, None

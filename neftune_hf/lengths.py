@@ -5,12 +5,12 @@ import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from .errors import NEFTuneWarning
-from .noise import SequenceLayout, token_hash
+from .noise import SequenceLayout, fusion_barrier, token_hash
 
 LAYOUT_ARGUMENTS = ("attention_mask", "position_ids", "cu_seq_lens_q")
 _IGNORED_LABEL = -100
@@ -173,12 +173,12 @@ def _layout_of_whole(call: CallArguments) -> SequenceLayout:
     # A sequence is named after the place of its first token in the flattened batch.
     first = torch.where(begins, column, 0).cummax(dim=1).values
     count = real.cumsum(dim=1)
-    positions = (count - count.gather(1, first)) * real
+    positions = fusion_barrier((count - count.gather(1, first)) * real)
     sequence = (first + torch.arange(batch, device=ids.device).unsqueeze(1) * width).flatten()
     totals = torch.zeros(2, batch * width, dtype=torch.int64, device=ids.device)
     addends = torch.stack([real.long(), token_hash(ids.long(), positions) * real]).view(2, -1)
     totals = totals.scatter_add(1, sequence.expand(2, -1), addends)
-    lengths, hashes = totals.gather(1, sequence.expand(2, -1)).view(2, batch, width) * real
+    lengths, hashes = fusion_barrier(totals.gather(1, sequence.expand(2, -1)).view(2, batch, width) * real)
     return SequenceLayout(lengths, positions, hashes)
 
 
@@ -239,7 +239,7 @@ def arguments_of_call(
     if placeholders:
         # Some models put padding in the placeholders' stead before they look up.
         original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
-        text = functools.reduce(operator.and_, (original != placeholder for placeholder in placeholders))
+        text: Any = functools.reduce(operator.and_, (original != placeholder for placeholder in placeholders))
         call = replace(call, token_mask=text if call.token_mask is None else text & call.token_mask)
     return call
 
@@ -271,7 +271,7 @@ def _normalised_mask(mask: torch.Tensor, shape: torch.Size | tuple[int, int]) ->
     return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
 
 
-def _is_tensor(value: Any, dim: int) -> bool:
+def _is_tensor(value: Any, dim: int) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.dim() == dim
 
 

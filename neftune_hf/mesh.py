@@ -65,8 +65,7 @@ def _context_parallel() -> SplitSequence | None:
 
 def _ulysses() -> SplitSequence | None:
     groups = sys.modules.get("deepspeed.utils.groups")  # not imported, it has no group
-    size = groups._get_sequence_parallel_world_size() if groups is not None else 1
-    if size == 1:
+    if groups is None or (size := groups._get_sequence_parallel_world_size()) == 1:
         return None
     group = groups._get_sequence_parallel_group()
 
@@ -239,7 +238,7 @@ def is_later_stage(root: nn.Module) -> bool:
     transformers says so on the model. Elsewhere a stage has None in the embedding's place, as torch's guide to
     pipelines has it; in a run of one process that is no stage.
     """
-    stages = [module._pp_stage for module in root.modules() if hasattr(module, "_pp_stage")]
+    stages: list[Any] = [module._pp_stage for module in root.modules() if hasattr(module, "_pp_stage")]
     if stages:
         return not all(stage.pp_is_first_stage for stage in stages)
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):

@@ -1,4 +1,4 @@
-"""The noise as a pure function of the sequence: the formula in the paper's symbols, and the counter-based bits under it.
+"""The noise as a pure function of the sequence: the formula in the paper's symbols, and the counter-based bits of it.
 
     e' = e + alpha / sqrt(L * d) * u                                   (Jain et al. 2023, arXiv 2310.05914)
 
@@ -115,7 +115,7 @@ def token_words(layout: SequenceLayout, key: torch.Tensor | int) -> tuple[torch.
     """The two int32 words of each token: splitmix64's output for its position, in the stream of its sequence's key."""
     sequence_key = _mix64(layout.hashes ^ key)
     x = _mix64(sequence_key + (layout.positions + 1) * _signed(_GOLDEN))
-    return _fusion_barrier(x.to(torch.int32)), _fusion_barrier((x >> 32).to(torch.int32))
+    return fusion_barrier(x.to(torch.int32)), fusion_barrier((x >> 32).to(torch.int32))
 
 
 def channel_words(d: int, device: torch.device | None = None) -> torch.Tensor:
@@ -123,7 +123,7 @@ def channel_words(d: int, device: torch.device | None = None) -> torch.Tensor:
     x = torch.arange(d, dtype=torch.int32, device=device)
     x = (x ^ (x >> 16)) * _M1
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _M2
-    return _fusion_barrier(x ^ ((x >> 16) & 0xFFFF))
+    return fusion_barrier(x ^ ((x >> 16) & 0xFFFF))
 
 
 def unit_noise(words: torch.Tensor, noise_type: str = "uniform") -> torch.Tensor:
@@ -154,11 +154,11 @@ def noise_scale(lengths: torch.Tensor, d: int, neftune_noise_alpha: torch.Tensor
         lengths: Integers of any shape, each token's L.
         d: Embedding dimension.
     """
-    # In float64 and rounded once: torch's float32 square root on a CPU may be off by one in the last place, a GPU's is not.
+    # In float64 and rounded once: torch's float32 square root on a CPU may be off by a last place, a GPU's is not.
     wide = torch.float32 if lengths.device.type == "mps" else torch.float64
     alpha = torch.as_tensor(neftune_noise_alpha, dtype=torch.float32).to(wide)
     scale = (alpha / (lengths.clamp(min=1) * d).to(wide).sqrt()).float() * (lengths > 0)
-    return _fusion_barrier(scale)
+    return fusion_barrier(scale)
 
 
 def noise_rms(neftune_noise_alpha: float, length: float, d: int) -> float:
@@ -190,7 +190,7 @@ def add_noise(
     Args:
         embeddings (`torch.Tensor`): (..., d), floating point.
         layout ([`SequenceLayout`]): Each token's sequence, from [`sequence_layout`].
-        neftune_noise_alpha (`float`): The paper's alpha.
+        neftune_noise_alpha (`float`): The paper's alpha; below zero for the second half of a symmetric pair.
         key (`int`): From [`noise_key`].
         neftune_noise_type (`str`): As in [`NEFTuneConfig`].
 
@@ -240,10 +240,10 @@ def _mix64(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def _fusion_barrier(x: torch.Tensor) -> torch.Tensor:
+def fusion_barrier(x: torch.Tensor) -> torch.Tensor:
     """x, materialised. A compiler would fold it into the loop over all elements, and compute it anew for each.
 
-    Inductor 2.13 even computed garbage on CPU where it fused int64 hashes of tokens into an int32 loop over elements.
+    Inductor 2.13 even computed garbage on a CPU where it fused a gather, or int64 hashes of tokens, into an int32 loop.
     """
     if not torch.compiler.is_compiling():
         return x

@@ -44,10 +44,10 @@ def patch_transformers() -> Callable[[], None]:
     """
     prepare_transformers()
     if PatchedCallback not in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.append(PatchedCallback)
+        DEFAULT_CALLBACKS.append(PatchedCallback)  # type: ignore[arg-type]
     return _undo
 
 
 def _undo() -> None:
     if PatchedCallback in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.remove(PatchedCallback)
+        DEFAULT_CALLBACKS.remove(PatchedCallback)  # type: ignore[arg-type]

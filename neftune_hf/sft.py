@@ -37,6 +37,9 @@ class NEFTuneSFTConfig(SFTConfig):
         default="constant", metadata={"help": "Alpha over training: constant, linear or cosine to 0."}
     )
     neftune_seed: int | None = field(default=None, metadata={"help": "Seed of the noise; default: `seed`."})
+    neftune_symmetric: bool = field(
+        default=False, metadata={"help": "Two passes over each batch, with e + s and e - s (SymNoise): twice the time."}
+    )
 
     def __post_init__(self):
         NEFTuneConfig(**{name: getattr(self, name) for name in FIELDS})
@@ -49,10 +52,13 @@ class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
     Example:
 
     ```python
-    >>> from neftune_hf import NEFTuneSFTTrainer
-    >>> NEFTuneSFTTrainer("facebook/opt-350m", train_dataset=dataset, neftune_noise_alpha=5).train()
+    from neftune_hf import NEFTuneSFTTrainer
+
+    NEFTuneSFTTrainer("facebook/opt-350m", train_dataset=dataset, neftune_noise_alpha=5).train()
     ```
     """
+
+    args: SFTConfig
 
     def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
         super()._warn_about_neftune(config)

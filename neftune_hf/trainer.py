@@ -1,34 +1,53 @@
-"""NEFTune for a class of trainers: the mixin, its warnings, and the model card."""
+"""NEFTune for a class of trainers: the mixin, symmetric pairs, warnings, and the model card."""
 
+import contextlib
+import copy
 import logging
 import re
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate import Accelerator
 from huggingface_hub import ModelCard
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from . import __version__
 from .callback import NEFTuneCallback, NEFTuneRun
-from .config import FIELDS, NEFTuneConfig
+from .config import FIELDS, NEFTuneConfig, merge
 from .errors import NEFTuneError, NEFTuneWarning
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    _Trainer = Trainer  # what stands behind the mixin in every subclass
+else:
+    _Trainer = object
 
-class NEFTuneTrainerMixin:
+
+class NEFTuneTrainerMixin(_Trainer):
     """NEFTune for any subclass of `transformers.Trainer`, driven by the key `neftune_noise_alpha` of its args.
 
     The key is read anew at each `train()`, so every trial of a hyperparameter search trains at its own alpha, and
     transformers' built-in NEFTune is off. Whatever ends `train()`, the model is clean afterwards.
+
+    With `neftune_symmetric`, each micro-batch is passed twice, with e + s and with e - s, and its loss is the mean of
+    the two: loss and gradients are those of a batch that has both, in the memory that gradient accumulation takes. The
+    trainer's own `training_step` and `compute_loss` run twice; tokens are counted once, TRL's other metrics are means
+    over the two.
 
     Args:
         *args, **kwargs: Those of the trainer. Fields of [`NEFTuneConfig`] may be given as keywords too.
 
     Raises:
         NEFTuneConfigError: A setting is out of range, or is given twice with different values.
-        NEFTuneError: The mixin stands behind the trainer among a class's bases.
+        NEFTuneError: The mixin stands behind the trainer among a class's bases; or `neftune_symmetric` is True and the
+            trainer makes its batch inside a step (GRPO, RLOO), or the optimizer steps inside of backward (LOMO).
 
     Example:
 
@@ -39,6 +58,9 @@ class NEFTuneTrainerMixin:
     ...     pass
     ```
     """
+
+    _metrics: Any  # of TRL's trainers, as is the next
+    _total_train_tokens: Any
 
     # The Trainer copies the key from its args and switches the built-in on with it: here it stays off.
     neftune_noise_alpha = property(lambda self: None, lambda self, value: None)
@@ -62,8 +84,9 @@ class NEFTuneTrainerMixin:
             callback.on_init_end(self.args, self.state, self.control, self.model)
             self.add_callback(callback)
         self.neftune_callback = given[0] if given else callback
+        self._refuse_pairs(merge(self.neftune_callback.fields, self.args))
         trainer = weakref.ref(self)
-        self.neftune_callback.on_resolved = lambda config: trainer()._warn_about_neftune(config)
+        self.neftune_callback.on_resolved = lambda config: trainer()._on_neftune_resolved(config)
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
@@ -79,8 +102,49 @@ class NEFTuneTrainerMixin:
         finally:
             self.neftune_callback.detach()
 
-    def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+        handle = self.neftune_callback.handle
+        if handle is None or not handle.sites or not handle.config.neftune_symmetric:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with _half_of_each_loss(self.accelerator) as losses:
+            with _without_synchronisation(self.accelerator, model):
+                # A pass may take entries out of its inputs, or shard them in place (context parallelism).
+                first = super().training_step(model, copy.deepcopy(inputs), *args, **kwargs)
+            tokens = getattr(self, "_total_train_tokens", None)
+            with handle.negated():
+                second = super().training_step(model, inputs, *args, **kwargs)
+        if len(losses) < 2:
+            raise NEFTuneError(
+                f"`neftune_symmetric` is True, and `{type(self).__name__}.training_step` calls `backward()` itself, "
+                "where its loss cannot be halved. Call `self.accelerator.backward(loss)`, or set "
+                "`neftune_symmetric=False`."
+            )
+        if tokens is not None:  # of TRL's trainers
+            self._total_train_tokens = self._metrics["train"]["num_tokens"][0] = tokens
+        return (first + second) / 2
+
+    def _refuse_pairs(self, config: NEFTuneConfig) -> None:
+        if not (config.enabled and config.neftune_symmetric):
+            return
+        if (maker := _makes_its_batches(type(self))) is not None:
+            raise NEFTuneError(
+                f"`neftune_symmetric` is True in {type(self).__name__}, and {maker.__name__} makes its batch inside a "
+                "training step: a second pass would get another one. Set `neftune_symmetric=False`. TRL's SFT, DPO, "
+                "KTO and reward trainers can do it."
+            )
+        optimizer = getattr(self.args.optim, "value", self.args.optim)
+        if "lomo" in optimizer or optimizer.endswith("layerwise"):
+            raise NEFTuneError(
+                f"`neftune_symmetric` is True and `optim` is {optimizer!r}, which steps inside of backward, before the "
+                "second pass. Use another `optim`, or set `neftune_symmetric=False`."
+            )
+
+    def _on_neftune_resolved(self, config: NEFTuneConfig) -> None:
         """Called with a run's settings when it begins."""
+        self._refuse_pairs(config)
+        self._warn_about_neftune(config)
+
+    def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
         if config.enabled and self.is_world_process_zero() and _divides_by_a_clean_pass(self):
             warnings.warn(
                 f"`neftune_noise_alpha` is {config.neftune_noise_alpha:g} in a {type(self).__name__}, whose loss "
@@ -107,6 +171,11 @@ def add_to_card(file: Path, run: NEFTuneRun) -> None:
         "tokens": "the real tokens of each sequence, as in the paper",
         "width": "the width of the padded batch",
     }[config.neftune_length]
+    pairs = (
+        "| symmetric pairs | each batch twice, with e + s and e - s ([SymNoise](https://arxiv.org/abs/2312.01523)) |\n"
+        if config.neftune_symmetric
+        else ""
+    )
     section = (
         "## NEFTune\n\n"
         "Trained with noise on the token embeddings ([NEFTune](https://arxiv.org/abs/2310.05914)).\n\n"
@@ -115,6 +184,7 @@ def add_to_card(file: Path, run: NEFTuneRun) -> None:
         f"| noise | {config.neftune_noise_type}, alpha / sqrt(L * d) |\n"
         f"| L | {lengths} |\n"
         f"| seed | {config.neftune_seed} |\n"
+        f"{pairs}"
         f"| embeddings | {', '.join(run.embeddings.values())} |\n"
         f"| neftune_hf | {__version__} |\n"
     )
@@ -123,7 +193,55 @@ def add_to_card(file: Path, run: NEFTuneRun) -> None:
     card.save(file)
 
 
-def _divides_by_a_clean_pass(trainer: "NEFTuneTrainerMixin") -> bool:
+@contextlib.contextmanager
+def _half_of_each_loss(accelerator: Accelerator) -> Iterator[list[torch.Tensor]]:
+    """Halve losses where they are differentiated: past all that a subclass adds to them, before they are accumulated.
+
+    Yields:
+        `list[torch.Tensor]`: The losses so far.
+    """
+    own, backward, losses = vars(accelerator).get("backward"), accelerator.backward, []
+
+    def half(loss, **kwargs):
+        losses.append(loss.detach())
+        backward(loss / 2, **kwargs)
+
+    accelerator.backward = half
+    try:
+        yield losses
+    finally:
+        del accelerator.backward
+        if own is not None:
+            accelerator.backward = own
+
+
+@contextlib.contextmanager
+def _without_synchronisation(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """The gradients of a first pass are only accumulated: DDP reduces them, and DeepSpeed steps, after the second.
+
+    FSDP reduces them at once: it would have to keep them unsharded.
+    """
+    state = accelerator.gradient_state
+    synchronises, inner = state.sync_gradients, getattr(model, "_orig_mod", model)
+    state._set_sync_gradients(False)
+    try:
+        with inner.no_sync() if isinstance(inner, DistributedDataParallel) else contextlib.nullcontext():
+            yield
+    finally:
+        state._set_sync_gradients(synchronises)
+
+
+def _makes_its_batches(trainer_class: type) -> type | None:
+    """The class of TRL that makes, buffers or counts its batches in a step; None where a step is given its batch."""
+    given = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer")  # their own step only offloads activations
+    for cls in trainer_class.__mro__:
+        in_a_step = {"training_step", "_prepare_inputs"} & vars(cls).keys()
+        if cls.__module__.startswith("trl.") and in_a_step and cls.__name__ not in given:
+            return cls
+    return None
+
+
+def _divides_by_a_clean_pass(trainer: Any) -> bool:
     """RLOO and asynchronous GRPO always do; GRPO does unless each rollout is used once, in the step it is made for."""
     names, args = {cls.__name__ for cls in type(trainer).__mro__}, trainer.args
     if "GRPOTrainer" in names:

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from neftune_hf import NEFTuneError, attach
-from neftune_hf.embeddings import embedding_rms, find_input_embeddings, forward_names
+from neftune_hf.embeddings import forward_names
 from neftune_hf.errors import NEFTuneWarning
 
 from .conftest import leftovers
@@ -89,7 +89,6 @@ def check(model: torch.nn.Module, **more) -> str:
     def keep(site, module, args, output):
         outputs.setdefault(site, output.detach().clone())
 
-    assert all(embedding_rms(site) > 0 for site in find_input_embeddings(model))
     clean, evaluated = logits(), logits(training=False)
     assert torch.equal(logits(), clean), "the model itself is not reproducible"
     with attach(model, neftune_noise_alpha=ALPHA, neftune_seed=1) as handle:
@@ -135,7 +134,7 @@ def sweep(model_types=()):
             except NEFTuneError as error:
                 result = f"refused: {error}"
             except Exception as error:
-                result = f"{'fails' if model else 'not built'}: {type(error).__name__}: {error}"
+                result = f"{'fails' if model else 'not built'}: {type(error).__name__}"
             yield Row(task, model_type, type(model).__name__, sites, " ".join(result.split())[:300])
 
 

@@ -1,10 +1,13 @@
 """Settings: what is refused, how it is said, and what wins."""
 
+import dataclasses
+import re
+
 import pytest
 from transformers import TrainingArguments
 
 from neftune_hf import NEFTuneConfig, NEFTuneError, NEFTuneSFTConfig, attach
-from neftune_hf.config import merge
+from neftune_hf.config import CHOICES, FIELDS, merge
 
 from .conftest import leftovers, tiny_llama
 
@@ -19,6 +22,8 @@ BAD = [
     ("neftune_schedule", "step", "'step'"),
     ("neftune_seed", -1, "-1"),
     ("neftune_seed", 1.5, "1.5 (float)"),
+    ("neftune_symmetric", "yes", "'yes' (str)"),
+    ("neftune_symmetric", 1, "1 (int)"),
 ]
 
 
@@ -51,3 +56,24 @@ def test_merge(tmp_path):
     assert merge({"neftune_seed": 1}, args) == NEFTuneConfig(neftune_noise_alpha=5, neftune_seed=1)
     with pytest.raises(NEFTuneError, match=r"`neftune_noise_alpha` is 7 .* and 5 in TrainingArguments"):
         merge({"neftune_noise_alpha": 7}, args)
+
+
+def test_the_two_configs_have_the_same_fields():
+    """Names, types, defaults and choices, in both classes, in the help of the command line and in the docstring."""
+    ours = {field.name: field for field in dataclasses.fields(NEFTuneConfig)}
+    trls = {field.name: field for field in dataclasses.fields(NEFTuneSFTConfig) if field.name.startswith("neftune_")}
+    documented = dict(re.findall(r"^ +(neftune_\w+) \(([^)]*)\)", NEFTuneConfig.__doc__, re.MULTILINE))
+    entries = re.split(r"^ +(neftune_\w+) \(", NEFTuneConfig.__doc__.partition("Raises:")[0], flags=re.MULTILINE)
+    entries = dict(zip(entries[1::2], entries[2::2], strict=True))
+    assert set(FIELDS) == set(ours) == set(trls) == set(documented) == set(entries)
+    assert set(CHOICES) < set(FIELDS)
+    for name, field in ours.items():
+        is_own = name != "neftune_noise_alpha"  # a field of transformers
+        assert trls[name].default == field.default
+        assert not is_own or trls[name].type == field.type
+        optional = " *optional*" if field.default is None else f" defaults to `{field.default!r}`".replace("'", '"')
+        assert documented[name].partition(",")[2] == optional
+        assert documented[name].startswith(f"`{str(getattr(field.type, '__name__', field.type)).split(' |')[0]}`")
+        for choice in CHOICES.get(name, ()):
+            assert re.search(rf"\b{choice}\b", trls[name].metadata["help"])
+            assert f'"{choice}"' in entries[name]

@@ -5,7 +5,6 @@ import torch
 import transformers
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from neftune_hf import attach
 
@@ -82,70 +81,3 @@ def test_composite_model_is_noised_on_its_text_side():
     assert noise[0, 2:].std().item() == pytest.approx(5 / (3 * 4 * 16) ** 0.5, rel=0.25)
     assert torch.equal(noise[1, 3:], torch.zeros(3, 16))
     assert noise[1, :3].std().item() == pytest.approx(5 / (3 * 3 * 16) ** 0.5, rel=0.25)
-
-
-def graphs(shapes, between=None, steps=1, **fields):
-    """Graphs that torch.compile makes for training forwards over the shapes, and the noise handle."""
-    torch._dynamo.reset()
-    model = tiny_llama(num_hidden_layers=1).train()
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter)
-    with attach(compiled, **fields) as handle:
-        for step in range(steps):
-            for batch, length in shapes:
-                ids = torch.randint(3, VOCAB, (batch, length))
-                if between:
-                    handle.remove()
-                    handle.set_step(step, steps)
-                    handle.attach()
-                compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
-    return counter.frame_count, handle
-
-
-def test_compiled_model_is_noised_and_not_compiled_anew_step_after_step():
-    """Steps, alpha's schedule, and taking the noise off and putting it on again cause no compilation."""
-    fields = {"neftune_noise_alpha": 5, "neftune_schedule": "linear"}
-    first, handle = graphs([(2, 6)], **fields)
-    assert [site.path for site in handle.sites] == ["model.embed_tokens"]
-    assert list(handle.noised_forwards.values()) == [1]
-    again, handle = graphs([(2, 6)], between=True, steps=6, **fields)
-    assert list(handle.noised_forwards.values()) == [6]
-    assert again == first
-
-
-def test_compiled_model_computes_the_same_noise():
-    torch._dynamo.reset()
-    model, ids = tiny_llama(attention_dropout=0.0).train(), torch.randint(3, VOCAB, (2, 6))
-    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    results = []
-    for forward in (model, torch.compile(model, backend="aot_eager")):
-        with attach(model, neftune_noise_alpha=5):
-            model.zero_grad()
-            logits = forward(input_ids=ids, attention_mask=mask).logits
-            logits.square().sum().backward()
-            results.append((logits.detach(), model.model.embed_tokens.weight.grad.clone()))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
-
-
-@pytest.mark.parametrize("settings", [{}, {"fullgraph": True, "dynamic": True}])
-def test_noise_breaks_no_graph_and_adds_none(settings):
-    """Over seven shapes: as many graphs as the model has without noise."""
-    shapes, sizes = [(2, 6), (2, 9), (3, 9), (1, 5), (4, 12), (2, 17), (3, 30)], {}
-    for noisy in (False, True):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model, sizes[noisy] = tiny_llama(num_hidden_layers=1).train(), []
-        handle = attach(model, neftune_noise_alpha=5 if noisy else None)
-
-        def backend(graph, inputs, noisy=noisy):
-            sizes[noisy].append(sum(node.op.startswith("call") for node in graph.graph.nodes))
-            return graph
-
-        compiled = torch.compile(model, backend=backend, **settings)
-        for batch, length in shapes:
-            ids = torch.randint(3, VOCAB, (batch, length))
-            compiled(input_ids=ids, attention_mask=torch.ones_like(ids))
-        assert not torch._dynamo.utils.counters["graph_break"]
-        assert set(handle.noised_forwards.values()) == ({len(shapes)} if noisy else set())
-    assert len(sizes[True]) == len(sizes[False])

@@ -238,3 +238,32 @@ def test_schedule_needs_the_number_of_steps_once():
         assert handle.alpha == 6
         handle.set_step(50)
         assert handle.alpha == 4
+
+
+def test_forwards_that_are_replaced_while_the_noise_is_on_or_off_stay():
+    """As accelerate does it when it prepares a model for mixed precision."""
+    model, ids = tiny_llama().train(), torch.tensor([[3, 4, 5]])
+    calls = []
+
+    def wrap(name):
+        inner = model.model.forward
+
+        def outer(*args, **kwargs):
+            calls.append(name)
+            return inner(*args, **kwargs)
+
+        model.model.forward = outer
+
+    handle = attach(model, neftune_noise_alpha=5)
+    wrap("while on")
+    handle.remove()
+    wrap("while off")
+    for _ in range(2):
+        with handle:
+            calls.clear()
+            noise = embed(model, input_ids=ids, attention_mask=torch.tensor([[1, 1, 0]]))
+            noise = noise - model.model.embed_tokens.weight[ids]
+            assert calls == ["while off", "while on"]
+            assert noise[0, :2].all()
+            assert not noise[0, 2].any()
+    assert model.model.forward.__name__ == "outer"

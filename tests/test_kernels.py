@@ -253,7 +253,8 @@ for dtype in ("fp32", "bf16"):
     print(json.dumps(re.findall(r"(?:ld|st)[.]global[.a-z0-9]*|fma[.]rn[.]f32", ptx)))
 tensors = dict(ids="*i64", mask="*i64", positions="*i64", bounds="*i32", labels="*i64", tokens="*u8", sequence="*i64",
                position="*i64", totals="*i64")
-numbers = dict.fromkeys(["size", "width", "mask_row", "mask_column", "positions_row", "n_bounds", "ignored_label"], "i32")
+numbers = "size", "width", "mask_row", "mask_column", "positions_row", "n_bounds", "ignored_label"
+numbers = dict.fromkeys(numbers, "i32")
 names = ("MASK", "ADDITIVE", "POSITIONS", "LABELS", "TOKENS", "STEPS", "BLOCK")
 for values in (
     (2, False, True, False, False, 0), (3, True, False, False, True, 0), (0, False, True, True, True, 4),
@@ -265,6 +266,7 @@ for values in (
 """
 
 
+@pytest.mark.slow
 def test_tritons_kernels_compile_for_an_h100():
     """With or without one here: each thread loads its 32 embeddings once, adds, and stores them once."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -280,6 +282,7 @@ def test_tritons_kernels_compile_for_an_h100():
     assert all(int(size) > 1000 for size in layouts)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager(dtype, noise_type):

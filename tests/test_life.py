@@ -140,6 +140,7 @@ class Kill(TrainerCallback):
             signal.raise_signal(signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_step_resumes_bit_identically(tmp_path):
     code = "import sys; from tests.test_life import *; train(resumable(sys.argv[1], [Kill()]))"
     killed = subprocess.run([sys.executable, "-c", code, tmp_path / "killed"], cwd=ROOT, capture_output=True)
@@ -153,6 +154,7 @@ def test_a_run_killed_inside_a_step_resumes_bit_identically(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_each_trial_of_a_search_trains_at_its_own_alpha(tmp_path):
     import optuna
 

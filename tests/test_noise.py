@@ -199,6 +199,7 @@ def is_independent(scores):
     return bool(scores.abs()[scores.isfinite()].max() < 4.8 and not (scores == math.inf).any())
 
 
+@pytest.mark.slow
 def test_draws_are_independent():
     u = unit_noise_of(40, 64, 4096)
     assert u.numel() > 1e7

@@ -30,6 +30,7 @@ from trl.experimental.kto import KTOConfig, KTOTrainer
 
 from neftune_hf import NEFTuneTrainerMixin, find_input_embeddings
 from neftune_hf.errors import NEFTuneWarning
+from neftune_hf.trainer import _divides_by_a_clean_pass
 
 from .conftest import VOCAB, byte_tokenizer, leftovers, tiny_llama
 from .test_trainer import COMMON
@@ -109,6 +110,36 @@ def test_only_passes_with_gradients_are_noised(name, adapter, tmp_path, model_fo
     if name not in ("reward", "DPO, precomputed"):
         assert without  # there were reference passes, or rollouts and their decode steps
     assert leftovers(trainer.model) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "keywords", "warns"),
+    [
+        ({}, {"neftune_noise_alpha": 5}, False),
+        ({"num_iterations": 2}, {"neftune_noise_alpha": 5}, True),
+        ({"steps_per_generation": 2, "neftune_noise_alpha": 5}, {}, True),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 2, "neftune_noise_alpha": 5}, {}, False),
+        ({"num_iterations": 2}, {}, False),
+    ],
+)
+def test_a_ratio_of_a_noised_to_a_clean_pass_is_warned_of(settings, keywords, warns, tmp_path, model_folder):
+    trainer_class = type("NEFTuneGRPOTrainer", (NEFTuneTrainerMixin, GRPOTrainer), {})
+    args = GRPOConfig(
+        str(tmp_path), bf16=False, **(COMMON | {"max_steps": 1, "per_device_train_batch_size": 2} | ROLLOUTS | settings)
+    )
+    trainer = trainer_class(
+        model=model_folder, args=args, train_dataset=Dataset.from_dict(PROMPTS), reward_funcs=by_length,
+        processing_class=byte_tokenizer(chat=False), **keywords,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert any("clipped" in str(w.message) for w in caught) == warns
+
+
+def test_asynchronous_grpo_is_known_by_name():
+    trainer = type("NEFTuneAsync", (type("AsyncGRPOTrainer", (), {"args": None}),), {})()
+    assert _divides_by_a_clean_pass(trainer)
 
 
 class NEFTuneSeq2SeqTrainer(NEFTuneTrainerMixin, Seq2SeqTrainer):

@@ -37,7 +37,10 @@ def test_every_config_runs_for_two_steps(file, tmp_path, model_folder, capsys):
     settings = yaml.safe_load(file.read_text())
     words = options(tmp_path, model_folder, settings["dataset_name"])
     assert cli.main(["sft", "--config", str(file), *words]) == 0
-    assert "noised in 2 forward passes" in capsys.readouterr().out
+    said, symmetric = capsys.readouterr().out, settings.get("neftune_symmetric", False)
+    assert f"noised in {4 if symmetric else 2} forward passes" in said
+    assert ("(constant), symmetric pairs: " in said) == symmetric
+    assert ("symmetric pairs" in (tmp_path / "README.md").read_text()) == symmetric
     saved = {path.name for path in tmp_path.iterdir()}
     assert ("adapter_config.json" in saved) == settings.get("use_peft", False)
 
@@ -139,3 +142,17 @@ def test_the_hub_is_asked_the_same_as_without(tmp_path, model_folder, monkeypatc
     assert "## NEFTune" not in plain.card.text
     assert "## NEFTune" in ours.card.text
     assert set(ours.card.data.tags) == {*plain.card.data.tags, "neftune"} > {"mine"}
+
+
+def test_the_symmetric_recipe_is_its_sibling_with_pairs():
+    symmetric, plain = (
+        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        for name in ("alpaca_symmetric_smollm2", "alpaca_smollm2")
+    )
+    changed = {key: value for key, value in symmetric.items() if plain.get(key) != value}
+    assert changed == {
+        "output_dir": "outputs/alpaca_symmetric_smollm2",
+        "neftune_noise_type": "bernoulli",
+        "neftune_symmetric": True,
+    }
+    assert plain.keys() <= symmetric.keys()

@@ -134,7 +134,7 @@ class Life(RuleBasedStateMachine):
             assert not row[length:].any()
 
 
-TestLife = Life.TestCase
+TestLife = pytest.mark.slow(Life.TestCase)
 TestLife.settings = settings(
     max_examples=20, stateful_step_count=12, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -126,19 +126,21 @@ def complete(
 
     ```python
     >>> from neftune_hf.cli.generate import complete, load
-    >>> complete(*load("outputs/quickstart"), [[{"role": "user", "content": "Hello!"}]], max_new_tokens=8)
+    >>> prompts = [[{"role": "user", "content": "Hello!"}]]
+    >>> answers = complete(*load("outputs/quickstart"), prompts, max_new_tokens=8)
     ```
     """
     import torch
     from transformers import GenerationConfig
 
     chat = not isinstance(prompts[0], str)
+    texts: Any = prompts
     if chat:
-        prompts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+        texts = tokenizer.apply_chat_template(texts, add_generation_prompt=True, tokenize=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(
-        prompts, add_special_tokens=not chat, padding=True, padding_side="left", return_tensors="pt",
+        texts, add_special_tokens=not chat, padding=True, padding_side="left", return_tensors="pt",
         return_token_type_ids=False,
     )  # fmt: skip
     ends = model.generation_config.eos_token_id
@@ -150,7 +152,8 @@ def complete(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        tokens = model.generate(**inputs.to(model.device), generation_config=generation)
+        # type hints of transformers give `generate` to each model's class and not to their base
+        tokens = model.generate(**inputs.to(model.device), generation_config=generation)  # type: ignore[operator]
     model.train(was_training)
     completions = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [completion.strip() for completion in completions]

@@ -28,8 +28,9 @@ def run(argv: Sequence[str]) -> None:
     if not 0 < arguments.length < math.inf:
         raise NEFTuneConfigError(f"`--length` is {arguments.length:g}, and must be positive: tokens in a sequence.")
     name, config = _settings(arguments.model)
-    alphas = (float(config.neftune_noise_alpha),) if config.enabled else ALPHAS
-    reports = inspect_model(_model(name), arguments.length, alphas, config.neftune_noise_type)
+    alphas = (float(config.neftune_noise_alpha),) if config.neftune_noise_alpha else ALPHAS
+    given = config.neftune_noise_type, config.neftune_symmetric
+    reports = inspect_model(_model(name), arguments.length, alphas, *given)
     print(json.dumps(reports, indent=2) if arguments.json else inspection(reports))
 
 
@@ -80,7 +81,11 @@ def _model(name: str) -> nn.Module:
 
 @torch.no_grad()
 def inspect_model(
-    model: nn.Module, length: float, alphas: Sequence[float] = ALPHAS, noise_type: str = "uniform"
+    model: nn.Module,
+    length: float,
+    alphas: Sequence[float] = ALPHAS,
+    noise_type: str = "uniform",
+    symmetric: bool = False,
 ) -> list[dict[str, Any]]:
     """Each site of `model` with what NEFTune's noise would be worth there at sequences of `length` tokens.
 
@@ -89,12 +94,13 @@ def inspect_model(
         length (`float`): L, in tokens.
         alphas (`Sequence[float]`): The values of alpha to report on.
         noise_type (`str`): As `neftune_noise_type`.
+        symmetric (`bool`): As `neftune_symmetric`; it is only reported, since both passes have noise of one size.
 
     Returns:
         `list[dict]`: For each site `path`, `class`, `embedding_dim`, `is_decoder`; `tied_to`, the parameters that are
         its table; `norm`, the first normalisation after it, which rescales the noise, with its `class`, the
         `multiplier` by which the embedding reaches it, and `added`, the RMS of all else over that of the embedding
-        there; `embedding_rms`; and for each alpha `noise_rms` = alpha / sqrt(3 * L * d), `db` =
+        there; `symmetric`; `embedding_rms`; and for each alpha `noise_rms` = alpha / sqrt(3 * L * d), `db` =
         20 * log10(noise_rms / embedding_rms), and `nearest_changes`, the share of 512 tokens that with noise are nearer
         to another's embedding.
 
@@ -114,7 +120,7 @@ def inspect_model(
     for site in sites:
         table = next(m for m in site.module.modules() if isinstance(m, nn.Embedding))
         named = model.named_parameters(remove_duplicate=False)
-        report = {
+        report: dict[str, Any] = {
             "path": site.path,
             "class": type(site.module).__name__,
             "embedding_dim": site.embedding_dim,
@@ -123,6 +129,7 @@ def inspect_model(
             "norm": norms.get(site),
             "length": length,
             "noise_type": noise_type,
+            "symmetric": symmetric,
             "embedding_rms": None,
             "alphas": {alpha: {"noise_rms": noise_rms(alpha, length, site.embedding_dim)} for alpha in alphas},
         }
@@ -212,6 +219,8 @@ def inspection(reports: list[dict[str, Any]]) -> str:
             lines += ["  embedding RMS   unknown: there are no weights"]
         else:
             lines += [f"  embedding RMS   {report['embedding_rms']:.4g}"]
+        if report["symmetric"]:
+            lines += ["  symmetric pairs e + s and e - s, two passes a step"]
         for alpha, values in report["alphas"].items():
             line = f"  alpha {alpha:<4g}      {report['noise_type']} noise, RMS {values['noise_rms']:.4g} "
             line += f"at {report['length']:g} tokens"

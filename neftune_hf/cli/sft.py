@@ -84,14 +84,16 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
     from accelerate.utils import is_peft_model
 
     args, run, history = trainer.args, trainer.neftune_callback.run, trainer.state.log_history
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in trainer.model.parameters())
+    model: Any = trainer.model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     lines = ["", "NEFTune summary"]
     for path, embedding in run.embeddings.items():
         lines.append(f"  embedding      {embedding}, noised in {run.noised_forwards[path]:,} forward passes")
     if run.embeddings:
         config = run.config
         noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"
+        noise += ", symmetric pairs" if config.neftune_symmetric else ""
         logged = [10 ** (entry[_RATIO] / 10) for entry in history if _RATIO in entry]
         db = 10 * math.log10(sum(logged) / len(logged)) if logged else run.noise_to_embedding_db
         if db is not None:
@@ -104,7 +106,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
     if losses := [entry["eval_loss"] for entry in history if "eval_loss" in entry]:
         first = f"{losses[0]:.4f} before, " if args.eval_on_start else ""
         lines.append(f"  held-out loss  {first}{losses[-1]:.4f} after (noise off)")
-    if before is not None:
+    if example is not None and before is not None:
         prompt = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
         lines += [
             "",
@@ -115,7 +117,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
             f"  completion after:  {after}",
             "",
         ]
-    kind = "adapter" if is_peft_model(trainer.model) else "model"
+    kind = "adapter" if is_peft_model(model) else "model"
     lines.append(f"  {kind} saved in {args.output_dir}")
     return "\n".join(lines)
 
@@ -140,7 +142,9 @@ def _completion(example: dict[str, Any] | None, trainer: "NEFTuneSFTTrainer") ->
 
     if example is None or "prompt" not in example or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
-    return complete(trainer.model, trainer.processing_class, [example["prompt"]], max_new_tokens=96)[0]
+    model: Any = trainer.model
+    tokenizer: Any = trainer.processing_class
+    return complete(model, tokenizer, [example["prompt"]], max_new_tokens=96)[0]
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +172,7 @@ def _check_files(argv: Sequence[str]) -> dict[str, Any]:
     import yaml
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("--config")
     parser.add_argument("--dataset_name", "--dataset-name")
     given, _ = parser.parse_known_args(argv)
@@ -206,14 +210,14 @@ def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
         parser.parse_known_args(argv)  # answers --help
         raise
     parser = TrlParser(
-        (ScriptArguments, NEFTuneSFTConfig, ModelConfig, DatasetMixtureConfig),
+        (ScriptArguments, NEFTuneSFTConfig, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
         prog="neftune-hf sft",
         allow_abbrev=False,  # an unknown name is refused, and not read as a longer one
         usage="%(prog)s --config FILE [--OPTION VALUE ...]",
         description=run.__doc__,
     )
     _add_options(parser)
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign]
     known = {action.dest for action in parser._actions} | {"env"}  # TRL sets the environment from the file's `env`
     _, words = parser.parse_known_args(argv)
     on_line = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")] or words
@@ -317,7 +321,7 @@ def _data(
 
     from ..data import dataset_errors, keep_usable, load_instructions, to_prompt_completion
 
-    argument, name = "dataset_name", script_args.dataset_name
+    argument, name = "dataset_name", script_args.dataset_name or ""
     if mixture.datasets:  # as in TRL, it goes before `dataset_name`
         argument, name = "datasets", ", ".join(str(part.data_files or part.path) for part in mixture.datasets)
         with dataset_errors(argument, name):

@@ -1,4 +1,4 @@
-"""`noise.add_noise` on the output of an embedding, by the fastest way that its device has, with an identity gradient."""
+"""`noise.add_noise` on the output of an embedding, by the fastest way its device has, with an identity gradient."""
 
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -16,11 +16,11 @@ class Part(NamedTuple):
 
     Attributes:
         shape: Of the whole embeddings, (*shape of the ids, d).
-        index: This process's part of each dimension.
+        own: This process's slice of each dimension.
     """
 
     shape: tuple[int, ...]
-    index: tuple[slice, ...]
+    own: tuple[slice, ...]
 
 
 def add_noise_to_call(
@@ -31,16 +31,20 @@ def add_noise_to_call(
     neftune_noise_type: str,
     power: torch.Tensor,
     by_width: bool = False,
+    negated: bool = False,
     part: Part | None = None,
 ) -> torch.Tensor:
     """e' = e + alpha / sqrt(L * d) * u, for the ids that a forward call looked up.
 
     Args:
         embeddings (`torch.Tensor`): The embedding module's output for `call.input_ids`; it is not written to.
-        neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`.
+        neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`. Below zero,
+            alpha turns the noise's sign.
         power (`torch.Tensor`): (2,) float32. The summed powers of noise and embeddings, over a sample of the real
             tokens, are added to it.
         by_width (`bool`): Take each row, with its padding, for one sequence.
+        negated (`bool`): Whether alpha is below zero, as far as a checkpoint has to know: one that repeats a pass with
+            the other sign is then refused by torch (`CheckpointError`).
         part ([`Part`], *optional*): Which part of the call's embeddings this process has.
 
     Returns:
@@ -50,24 +54,24 @@ def add_noise_to_call(
         call = CallArguments(call.input_ids, is_time_major=call.is_time_major, own_columns=call.own_columns)
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
         return _on_local(_plain, embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, part)
-    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, part)
+    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, negated, part)
 
 
 class _AddNoise(torch.autograd.Function):
     """The noise is a constant of the graph: nothing is kept for backward but the key.
 
-    The key is saved so that a checkpoint, which compares what is saved in its two passes, notices a noise that is in
-    one of them only.
+    The key is saved so that a checkpoint, which compares number and shapes of what is saved in its two passes, notices
+    a noise that is in one of them only; its shape tells the sign.
     """
 
     @staticmethod
-    def forward(ctx, embeddings, call, alpha, key, noise_type, power, part):
-        ctx.save_for_backward(key)
+    def forward(ctx, embeddings, call, alpha, key, noise_type, power, negated, part):
+        ctx.save_for_backward(key.view(1) if negated else key)
         return _on_local(_by_device, embeddings, call, alpha, key, noise_type, power, part)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, None, None, None, None, None, None
+        return gradient, *(None,) * 7
 
     @staticmethod
     def jvp(ctx, tangent, *constants):
@@ -123,7 +127,7 @@ def _with_layout(add, embeddings, call, alpha, key, noise_type, power, part=None
         layout = type(layout)(*(tensor.T for tensor in layout))
     layout = type(layout)(*(tensor.reshape(shape[:-1]) for tensor in layout))
     if part is not None:
-        layout = type(layout)(*(tensor[part.index[:-1]] for tensor in layout))
+        layout = type(layout)(*(tensor[part.own[:-1]] for tensor in layout))
     if embeddings.numel() and (
         torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(embeddings)
     ):
@@ -131,7 +135,7 @@ def _with_layout(add, embeddings, call, alpha, key, noise_type, power, part=None
     if embeddings.shape[-1] == shape[-1]:
         return add(embeddings, layout, alpha, key, noise_type)
     # Of some channels only: the bits are those of the whole, so that is what is made.
-    channels = part.index[-1]
+    channels = part.own[-1]
     wide = torch.nn.functional.pad(embeddings, (channels.start, shape[-1] - channels.stop))
     return add(wide, layout, alpha, key, noise_type)[..., channels].contiguous()
 

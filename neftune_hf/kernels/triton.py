@@ -71,8 +71,8 @@ def _real(
 def _lay_out(
     ids, mask, positions, bounds, labels, tokens, sequence, position, totals,
     size, width, mask_row, mask_column, positions_row, n_bounds, ignored_label,
-    MASK: tl.constexpr, ADDITIVE: tl.constexpr, POSITIONS: tl.constexpr, LABELS: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MASK: tl.constexpr, ADDITIVE: tl.constexpr, POSITIONS: tl.constexpr, LABELS: tl.constexpr,
+    TOKENS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row. A sequence is named after the place of its first token in the flattened batch."""
     row = tl.program_id(0).to(tl.int64)

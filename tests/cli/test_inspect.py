@@ -88,7 +88,12 @@ def test_a_yaml_file_gives_its_alpha_and_noise_type(model_folder, tmp_path, caps
     assert report["noise_type"] == "gaussian"
     assert report["alphas"]["7.0"]["noise_rms"] == pytest.approx(noise_rms(7, 512, D))
     assert cli.main(["inspect", str(file)]) == 0
-    assert "alpha 7         gaussian noise, RMS" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "alpha 7         gaussian noise, RMS" in said
+    assert "symmetric" not in said
+    file.write_text(file.read_text() + "neftune_symmetric: true\n")
+    assert cli.main(["inspect", str(file)]) == 0
+    assert "symmetric pairs e + s and e - s, two passes a step\n  alpha 7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("noise_type", ["uniform", "gaussian", "bernoulli"])

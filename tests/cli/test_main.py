@@ -1,6 +1,5 @@
 """The command itself: quick help, versions, one line for what is missing, and a layout that nothing leans on."""
 
-import ast
 import importlib.metadata
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import pytest
 import neftune_hf
 from neftune_hf.cli import main
 
-from ..conftest import ROOT
 from ..records import write
 
 WITHOUT_EXTRAS = "import sys\nfor name in ('trl', 'datasets', 'peft', 'bitsandbytes'): sys.modules[name] = None\n"
@@ -75,10 +73,3 @@ def test_env_names_versions_and_the_device(capsys):
         assert lines[name] == importlib.metadata.version(name)
     assert lines["device"] == "cpu"
     assert len(lines) < 20
-
-
-def test_nothing_outside_imports_the_command():
-    for file in (ROOT / "neftune_hf").glob("*.py"):
-        if file.stem != "__main__":
-            imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-            assert not [node for node in imports if (node.module or "").split(".")[0] == "cli"], file

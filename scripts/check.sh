@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# All that CI checks, in about twenty minutes on two cores.
+source "$(dirname "$0")/_environment.sh"
+title() { printf '\n== %s\n' "$*"; }
+
+title "Lint, types and the direction of imports"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+.venv/bin/lint-imports --no-cache
+
+title "The built package"
+rm -rf dist
+"$python" -m build >/dev/null
+"$python" -m twine check --strict dist/*
+.venv/bin/check-wheel-contents --package neftune_hf dist/*.whl
+
+title "The quickstart, cut to a few steps"
+scripts/quickstart.sh --max_steps 3 --eval_strategy "no" --eval_on_start false
+
+title "README's test command, and the slow tests"
+scripts/test.sh
+scripts/test.sh -m slow
+
+title "The lower bounds of pyproject.toml"
+scripts/lower_bounds.sh dist/*.whl
+
+title "The table of model types in the docs is what the sweep over all of them finds"
+"$python" -m tests.model_types | diff docs/models.md -

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Test a built wheel with the lower bounds of pyproject.toml, first without its extras. torch, whose older builds bring
+# gigabytes of CUDA along, and the tools of the tests stay those of constraints.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+wheel=$1
+rm -rf .venv-lowest
+.venv/bin/python -m venv .venv-lowest
+python=.venv-lowest/bin/python
+bounded='(transformers|accelerate|trl|datasets|peft|bitsandbytes)'
+{
+  grep -vE "^$bounded==" constraints.txt
+  grep -oE "\"$bounded>=[0-9.]+\"" pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u
+} >.venv-lowest/constraints.txt
+install=("$python" -m pip install --quiet --disable-pip-version-check --constraint .venv-lowest/constraints.txt)
+"${install[@]}" torch
+"${install[@]}" "$wheel"
+
+# Without extras: what needs none imports, and what does says which. -I: the wheel's modules, not the clone's.
+"$python" -I -c 'from neftune_hf import NEFTuneCallback, NEFTuneTrainerMixin, attach, patch_transformers'
+"$python" -I -c 'from importlib.resources import files; assert (files("neftune_hf") / "py.typed").is_file()'
+says_what_to_install() { { "$python" -I "$@" 2>&1 || true; } | tail -1 | grep 'pip install "neftune_hf\[trl\]"'; }
+says_what_to_install -c 'from neftune_hf import NEFTuneSFTTrainer'
+says_what_to_install -m neftune_hf sft
+
+"${install[@]}" "$wheel[trl,peft,quantized]" pytest pytest-xdist scipy hypothesis triton
+"$python" -m pip freeze | grep -E "^$bounded=="
+HF_HUB_OFFLINE=1 "$python" -m pytest --numprocesses 2 -m "not slow" \
+  tests/test_{config,data,embeddings,examples,hooks,lengths,noise,patch,project,trainer}.py tests/cli/test_{main,sft}.py

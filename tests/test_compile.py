@@ -1,0 +1,149 @@
+"""Noise in compiled models: the same bits, as many graphs as without, and on and off whenever the handle is."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from neftune_hf import NEFTuneCallback, attach
+from neftune_hf.errors import NEFTuneWarning
+
+from .conftest import VOCAB, leftovers, tiny_llama
+from .test_trainer import losses, make, train
+
+
+def graphs(shapes, between=None, steps=1, **fields):
+    """Graphs that torch.compile makes for training forwards over the shapes, and the noise handle."""
+    torch._dynamo.reset()
+    model = tiny_llama(num_hidden_layers=1).train()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    with attach(compiled, **fields) as handle:
+        for step in range(steps):
+            for batch, length in shapes:
+                ids = torch.randint(3, VOCAB, (batch, length))
+                if between:
+                    handle.remove()
+                    handle.set_step(step, steps)
+                    handle.attach()
+                compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    return counter.frame_count, handle
+
+
+def test_compiled_model_is_noised_and_not_compiled_anew_step_after_step():
+    """Steps, alpha's schedule, and taking the noise off and putting it on again cause no compilation."""
+    fields = {"neftune_noise_alpha": 5, "neftune_schedule": "linear"}
+    first, handle = graphs([(2, 6)], **fields)
+    assert [site.path for site in handle.sites] == ["model.embed_tokens"]
+    assert list(handle.noised_forwards.values()) == [1]
+    again, handle = graphs([(2, 6)], between=True, steps=6, **fields)
+    assert list(handle.noised_forwards.values()) == [6]
+    assert again == first
+
+
+def test_compiled_model_computes_the_same_noise():
+    torch._dynamo.reset()
+    model, ids = tiny_llama(attention_dropout=0.0).train(), torch.randint(3, VOCAB, (2, 6))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    results = []
+    for forward in (model, torch.compile(model, backend="aot_eager")):
+        with attach(model, neftune_noise_alpha=5):
+            model.zero_grad()
+            logits = forward(input_ids=ids, attention_mask=mask).logits
+            logits.square().sum().backward()
+            results.append((logits.detach(), model.model.embed_tokens.weight.grad.clone()))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"fullgraph": True, "dynamic": True}])
+def test_noise_breaks_no_graph_and_adds_none(settings):
+    """Over seven shapes: as many graphs as the model has without noise."""
+    shapes, sizes = [(2, 6), (2, 9), (3, 9), (1, 5), (4, 12), (2, 17), (3, 30)], {}
+    for noisy in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, sizes[noisy] = tiny_llama(num_hidden_layers=1).train(), []
+        handle = attach(model, neftune_noise_alpha=5 if noisy else None)
+
+        def backend(graph, inputs, noisy=noisy):
+            sizes[noisy].append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+            return graph
+
+        compiled = torch.compile(model, backend=backend, **settings)
+        for batch, length in shapes:
+            ids = torch.randint(3, VOCAB, (batch, length))
+            compiled(input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert set(handle.noised_forwards.values()) == ({len(shapes)} if noisy else set())
+    assert len(sizes[True]) == len(sizes[False])
+
+
+GIVEN = {"input_ids": torch.randint(3, VOCAB, (2, 6)), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+
+
+@pytest.mark.slow
+def test_on_and_off_whatever_was_compiled_before():
+    """Dynamo has no guards on hooks: code compiled without noise must not be used with it, nor the other way."""
+    torch._dynamo.reset()
+    model, other = tiny_llama(attention_dropout=0.0).train(), tiny_llama(attention_dropout=0.0).train()
+    counter = CompileCounterWithBackend("eager")
+    compiled, another = torch.compile(model, backend=counter), torch.compile(other, backend=counter)
+    clean = compiled(**GIVEN).logits.detach()
+    assert torch.equal(another(**GIVEN).logits, clean)
+    frames = []
+    for _ in range(3):
+        handle = attach(model, neftune_noise_alpha=5, neftune_seed=0)
+        noised = compiled(**GIVEN).logits.detach()
+        assert not torch.equal(noised, clean)
+        assert torch.equal(another(**GIVEN).logits, clean)
+        assert handle.noised_forwards == {"model.embed_tokens": 1}
+        handle.remove()
+        assert torch.equal(compiled(**GIVEN).logits, clean)
+        handle.attach()
+        assert torch.equal(compiled(**GIVEN).logits, noised)
+        handle.remove()
+        frames.append(counter.frame_count)
+    assert leftovers(model) == []
+
+
+@pytest.mark.slow
+def test_a_baseline_run_and_then_a_noised_one(tmp_path):
+    """In one process, of one class, compiled."""
+    torch._dynamo.reset()
+    settings = {
+        "torch_compile": True,
+        "torch_compile_backend": "aot_eager",
+        "max_steps": 2,
+        "dataloader_drop_last": True,
+    }
+    plain = make(tmp_path, **settings)
+    train(plain)
+    noised = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)], **settings)
+    train(noised)
+    again = make(tmp_path, **settings)
+    train(again)
+    assert losses(plain) == losses(again) != losses(noised)
+
+
+def test_a_compiler_warns_of_the_width_too():
+    torch._dynamo.reset()
+    with (
+        attach(model := tiny_llama().train(), neftune_noise_alpha=5),
+        pytest.warns(NEFTuneWarning, match="padded width"),
+    ):
+        torch.compile(model, backend="eager")(GIVEN["input_ids"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_compilation_on_a_gpu(mode):
+    torch._dynamo.reset()
+    model = tiny_llama(attention_dropout=0.0, num_hidden_layers=1).cuda().train()
+    given = {name: tensor.cuda() for name, tensor in GIVEN.items()}
+    compiled = torch.compile(model, mode=mode)
+    with attach(model, neftune_noise_alpha=5) as handle:
+        for step in range(4):
+            handle.set_step(step)
+            expected = model(**given).logits
+            torch.testing.assert_close(compiled(**given).logits.clone(), expected)

@@ -1,0 +1,203 @@
+"""One sequence has one noise: in any layout, batch, compilation and number of processes."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer, attach, kernels
+from neftune_hf.kernels import triton as triton_kernels
+
+from .conftest import ROOT, VOCAB, byte_tokenizer, tiny_llama
+from .test_trainer import COMMON
+
+SEQUENCES = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (4, 9, 1, 6)]
+
+
+def padded(left):
+    width = max(map(len, SEQUENCES))
+    ids, mask = torch.zeros(len(SEQUENCES), width, dtype=torch.long), torch.zeros(len(SEQUENCES), width)
+    for row, sequence in enumerate(SEQUENCES):
+        where = slice(width - len(sequence), None) if left else slice(len(sequence))
+        ids[row, where], mask[row, where] = sequence, 1
+    return [({"input_ids": ids, "attention_mask": mask.long()}, mask.bool())]
+
+
+def packed(**given):
+    ids = torch.cat(SEQUENCES)[None]
+    return [({"input_ids": ids, **given}, torch.ones_like(ids, dtype=torch.bool))]
+
+
+def lengths_to(kind):
+    lengths = torch.tensor([len(sequence) for sequence in SEQUENCES])
+    if kind == "positions":
+        return torch.cat([torch.arange(n) for n in lengths])[None]
+    if kind == "cumulative":
+        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    document = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return ((document[:, None] == document) & torch.ones(lengths.sum(), lengths.sum()).tril().bool())[None, None]
+
+
+def one_by_one(order):
+    calls = []
+    for index in order:
+        ids = SEQUENCES[index][None]
+        calls.append(
+            ({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.ones_like(ids, dtype=torch.bool))
+        )
+    return calls
+
+
+# Forward calls, each with which of its tokens are real; the sequences in their order.
+LAYOUTS = {
+    "padded right": padded(left=False),
+    "padded left": padded(left=True),
+    "packed by positions": packed(position_ids=lengths_to("positions")),
+    "padding-free": packed(cu_seq_lens_q=lengths_to("cumulative"), position_ids=lengths_to("positions")),
+    "4-dimensional mask": packed(attention_mask=lengths_to("mask")),
+    "alone, in micro-batches": one_by_one(range(4)),
+}
+
+
+def noise_of(calls, how="eager", **fields):
+    """The noise of each sequence, one after the other, as a model that forwards `calls` has it."""
+    found = []
+    model = tiny_llama(num_hidden_layers=1, attention_dropout=0.0).train()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    with attach(model, neftune_noise_alpha=5, neftune_seed=7, **fields) as handle:
+        handle.set_step(3)
+        model.model.rotary_emb.register_forward_pre_hook(lambda module, args: found.append(args[0].detach().clone()))
+        forward = torch.compile(model) if how == "compiled" else model
+        for given, _ in calls:
+            forward(**given)
+    return torch.cat([noise[real] for noise, (_, real) in zip(found, calls, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return noise_of(LAYOUTS["alone, in micro-batches"])
+
+
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow), "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_do_not_depend_on_the_layout(layout, how, reference, monkeypatch):
+    if how == "compiled":
+        pytest.importorskip("torch._inductor")
+        torch._dynamo.reset()
+    if how == "triton":
+        monkeypatch.setattr(kernels, "_path", lambda *args: triton_kernels.add_noise_to_call)
+    found = noise_of(LAYOUTS[layout], how)
+    assert found.abs().min(dim=1).values.max() > 0
+    assert torch.equal(found, reference)
+
+
+def test_other_steps_and_other_company_do_not_matter(reference):
+    shuffled = noise_of(one_by_one([2, 0, 3, 1]))
+    starts = [0, 4, 13, 14, 20]
+    parts = [reference[a:b] for a, b in itertools.pairwise(starts)]
+    assert torch.equal(shuffled, torch.cat([parts[i] for i in (2, 0, 3, 1)]))
+
+
+# Whole training steps
+
+RECORDS = Dataset.from_dict({"input_ids": [s.tolist() for s in SEQUENCES[:2]] * 1 + [SEQUENCES[3].tolist(), [5, 6, 7]]})
+
+
+def sft(folder, **settings):
+    """One optimisation step over four records, in one micro-batch, and the loss."""
+    settings = COMMON | {"max_steps": 1, "per_device_train_batch_size": 4, "max_length": 64, "bf16": False} | settings
+    args = NEFTuneSFTConfig(str(folder), neftune_noise_alpha=5, **settings)
+    model = tiny_llama(attention_dropout=0.0)
+    trainer = NEFTuneSFTTrainer(model, args, train_dataset=RECORDS, processing_class=byte_tokenizer())
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
+
+
+WAYS = {
+    "packed": {"packing": True, "per_device_train_batch_size": 1},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointed": {"gradient_checkpointing": True},
+}
+
+
+@pytest.fixture(scope="module")
+def padded_step(tmp_path_factory):
+    return sft(tmp_path_factory.mktemp("padded"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_step_has_the_loss_of_the_padded_one(way, padded_step, tmp_path):
+    loss, norm = sft(tmp_path, **WAYS[way])
+    assert loss == pytest.approx(padded_step[0], rel=2e-6)
+    assert norm == pytest.approx(padded_step[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_of_one(padded_step, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    code = (
+        "import sys, torch; from tests.test_invariance import sft\n"
+        "loss = sft(sys.argv[1], per_device_train_batch_size=2)\n"
+        "print('LOSS', *loss) if torch.distributed.get_rank() == 0 else None\n"
+        "torch.distributed.barrier(); torch.distributed.destroy_process_group()"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*launch, str(script), str(tmp_path / "out")], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("LOSS")]
+    loss, norm = map(float, line.split()[1:])
+    assert loss == pytest.approx(padded_step[0], rel=2e-6)
+    assert norm == pytest.approx(padded_step[1], rel=1e-4)
+
+
+# Memory
+
+
+class Peak(TorchDispatchMode):
+    """The largest number of bytes in tensors that are alive at the same time, of those made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live[storage.data_ptr()] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(storage),
+                    storage.nbytes(),
+                )
+        self.live = {pointer: entry for pointer, entry in self.live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_memory_of_a_training_step_is_that_without_noise(checkpointing):
+    ids = torch.randint(3, VOCAB, (4, 64))
+    peaks = {}
+    for alpha in (None, 5):
+        model = tiny_llama(num_hidden_layers=4).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with attach(model, neftune_noise_alpha=alpha), Peak() as peak:
+            model(ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        peaks[alpha] = peak.peak
+    one_tensor = ids.numel() * 32 * 4
+    assert peaks[None] > 20 * one_tensor
+    assert abs(peaks[5] - peaks[None]) <= one_tensor
