@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import types
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from neftune_hf import attach
-from neftune_hf.errors import NEFTuneError, NoNoiseError
+from neftune_hf.errors import NEFTuneError, NEFTuneWarning, NoNoiseError
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
 
@@ -335,6 +336,42 @@ def context_parallel_without_accelerate_is_refused():
         pytest.raises(NEFTuneError, match="ParallelismConfig"),
     ):
         noised(EmbedsCall().train(), **inputs)
+
+
+@scenario("flat ids", "virtual tokens", "a decoder")
+def split_calls_that_are_refused(kind):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model, inputs, message = EmbedsCall().train(), split_call("right", 8), r"ids of shape \(8,\)"
+    if kind == "virtual tokens":
+        inputs["attention_mask"] = torch.ones(2, 11)
+        message = "`attention_mask` is 11 wide under context parallelism"
+    elif kind == "a decoder":
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=VOCAB, d_model=D, d_ff=16, num_layers=1, num_heads=2, d_kv=8, decoder_start_token_id=0
+        )
+        config._attn_implementation = "eager"  # which torch leaves alone
+        model, message = T5ForConditionalGeneration(config).train(), "a decoder's inputs"
+        inputs = {"input_ids": inputs["input_ids"], "labels": inputs["input_ids"].clone()}
+    accelerator = accelerator_on_cpu(cp_size=2, dp_shard_size=distributed.get_world_size() // 2)
+    accelerator._prepare_cp(nn.Module())
+    buffers = [inputs["input_ids"]]
+    with accelerator.maybe_context_parallel(buffers=buffers, buffer_seq_dims=[1], no_restore_buffers=set(buffers)):
+        if kind == "flat ids":
+            inputs = {"input_ids": inputs["input_ids"].flatten()}
+        with pytest.raises(NEFTuneError, match=message):
+            noised(model, **inputs)
+    accelerator_on_cpu()
+
+
+@scenario()
+def warnings_come_from_one_rank():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        noised(EmbedsCall().train(), input_ids=batch()["input_ids"])
+    seen = [warning for warning in caught if issubclass(warning.category, NEFTuneWarning)]
+    assert bool(seen) == (distributed.get_rank() == 0)
 
 
 @scenario(*(f"{name}; {width}" for name in ("right", "packed", "no mask") for width in (8, 10)))
