@@ -145,11 +145,8 @@ def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
 
 def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
     """What the model names as its input embedding; the modules tied to it, where it only holds their weight."""
-    from transformers import PreTrainedConfig
-
     embedding, config = _ask(text_model), getattr(text_model, "config", None)
-    # A vision tower has an embedding too, of its patches' positions.
-    is_text = not isinstance(config, PreTrainedConfig) or getattr(config.get_text_config(), "vocab_size", None)
+    is_text = "text" in getattr(text_model, "input_modalities", "text")  # a vision tower embeds its patches' positions
     if embedding is None or (table := _table(embedding)) is None or not is_text:
         return []
     holders = [name for name, module in text_model.named_children() if module is embedding]

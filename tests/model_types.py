@@ -146,8 +146,8 @@ if __name__ == "__main__":
     print("# Model types\n")
     print(
         f"Tiny models of every type that transformers {transformers.__version__} maps to a language model, built from "
-        "their config classes and run on text, by `python -m tests.model_types`. *noised*: one draw per site and "
-        "forward, of the paper's power, on real tokens only, and it reaches the logits; evaluation, and everything "
+        "their config classes and run on text, by `python -m tests.model_types`. *noised*: each embedding, "
+        "with the paper's power, on real tokens only, and it reaches the logits; evaluation, and everything "
         "after removal, is bit-identical to the model without NEFTune. *refused*: `EmbeddingNotFoundError`. *fails* "
         "and *not built*: the small config or a batch of text alone does not suit this type, and NEFTune was not "
         "tried. " + ", ".join(f"{count} {result}" for result, count in counts.most_common()) + ".\n"
