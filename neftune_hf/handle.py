@@ -137,6 +137,7 @@ class NEFTuneHandle:
         Example:
 
         ```python
+        >>> from neftune_hf import attach
         >>> with attach(model, neftune_noise_alpha=5, neftune_symmetric=True) as handle:
         ...     for batch in batches:
         ...         (model(**batch).loss / 2).backward()

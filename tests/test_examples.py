@@ -37,7 +37,8 @@ def names(tmp_path, monkeypatch) -> dict:
     args = TrainingArguments(use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2)
     return {
         "Trainer": Trainer, "DPOTrainer": DPOTrainer, "neftune_hf": neftune_hf, "model": model, "args": args,
-        "dataset": dataset, "batches": [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "dataset": dataset,
+        "batches": [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}],
     }  # fmt: skip
 
 
