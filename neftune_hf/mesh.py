@@ -65,7 +65,9 @@ def _context_parallel() -> SplitSequence | None:
 
 def _ulysses() -> SplitSequence | None:
     groups = sys.modules.get("deepspeed.utils.groups")  # not imported, it has no group
-    if groups is None or (size := groups._get_sequence_parallel_world_size()) == 1:
+    if groups is None or (groups.mpu is None and groups.mesh_device is None):  # DeepSpeed is installed, and not in use
+        return None
+    if (size := groups._get_sequence_parallel_world_size()) == 1:
         return None
     group = groups._get_sequence_parallel_group()
 

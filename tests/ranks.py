@@ -12,6 +12,7 @@ import types
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -382,14 +383,15 @@ def ulysses(kind):
     expected, _ = noised(EmbedsCall().train(), **inputs)
     mesh, size = distributed.init_device_mesh("cpu", (distributed.get_world_size() // 2, 2)), 2
     group, rank = mesh.get_group(1), mesh.get_local_rank(1)
-    sys.modules["deepspeed.utils.groups"] = types.SimpleNamespace(
-        _get_sequence_parallel_world_size=lambda: size, _get_sequence_parallel_group=lambda: group
+    stand_in = types.SimpleNamespace(
+        mpu=group,
+        mesh_device=None,
+        _get_sequence_parallel_world_size=lambda: size,
+        _get_sequence_parallel_group=lambda: group,
     )
-    try:
+    with mock.patch.dict(sys.modules, {"deepspeed.utils.groups": stand_in}):
         sliced = {key: value.chunk(size, dim=1)[rank] for key, value in inputs.items()}
         found, _ = noised(EmbedsCall().train(), **sliced)
-    finally:
-        del sys.modules["deepspeed.utils.groups"]
     parts = [torch.empty_like(found) for _ in range(size)]
     distributed.all_gather(parts, found, group=group)
     assert_same_bits(torch.cat(parts, dim=1), expected)
@@ -419,10 +421,12 @@ def deepspeed(kind):
 @scenario()
 def deepspeed_ulysses():
     """DeepSpeed's own groups and data loader, as accelerate puts them together."""
+    import deepspeed
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
     from deepspeed.utils import groups
 
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     rank = distributed.get_rank()
     parallel_state_sp.initialize_sequence_parallel(2)
     group = parallel_state_sp.get_sequence_parallel_group()
