@@ -39,7 +39,7 @@ class EmbeddingState:
         noised_compiled: 0-d int64. The same by compiled code, which cannot count in Python without compiling anew.
         ran_clean: Whether a pass in this step was not to be noised: in eval mode, or without gradients.
         calls: Arguments of this step's noised passes by their ids, for a checkpoint that recomputes the embedding
-            alone. Weak: they live as long as the ids.
+            alone; None for ids that were passed with different ones. Weak: they live as long as the ids.
         shapes: Shapes of the ids of this step's noised passes.
     """
 
@@ -217,16 +217,19 @@ class NoiseHook:
             embedding.to(device)
         embedding.noised += 1
         embedding.shapes.add(ids.shape)
-        embedding.calls[ids] = call = self.arguments(ids)
+        call, earlier = self.arguments(ids), embedding.calls.get(ids, _UNSEEN)
+        embedding.calls[ids] = call if earlier is _UNSEEN or _are_same(call, earlier) else None
         return call
 
     def arguments_of_recomputation(self, ids: torch.Tensor) -> CallArguments:
         """Inside backward: a checkpoint repeats a pass, and has to get the noise that the first pass had."""
         embedding = self.embedding
         if ids.shape in embedding.shapes:
-            if ids in embedding.calls:
-                return embedding.calls[ids]
-            if any(number in self.state.running for number in self.parents) or not self.parents:
+            if any(number in self.state.running for number in self.parents):
+                return self.arguments(ids)
+            if (call := embedding.calls.get(ids)) is not None:  # of the embedding alone
+                return call
+            if not self.parents:
                 return self.arguments(ids)
         raise NEFTuneError(
             f"A backward pass runs {embedding.site} again, and its noise in the first pass is not known: either that "
@@ -268,6 +271,20 @@ class NoiseHook:
             frame = frame.f_back
 
 
+def _are_same(call: CallArguments, other: CallArguments | None) -> bool:
+    """Whether both have the same tensors; their values are not compared, which would wait for the device."""
+    if other is None:
+        return False
+    pairs = [(value, vars(other)[name]) for name, value in vars(call).items()]
+    return all(
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+        else a is b or a == b
+        for a, b in pairs
+    )
+
+
+_UNSEEN: Any = object()
 _nothing: Callable[..., None] = contextlib.nullcontext().__exit__  # what a hook is in a copy of the module
 
 

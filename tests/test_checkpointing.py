@@ -145,6 +145,39 @@ def test_two_passes_over_one_batch_and_a_graph_that_is_kept():
 
 
 @pytest.mark.slow
+def test_the_same_ids_with_two_masks():
+    """Around the model each pass has its own mask; around the embedding alone nobody knows which it was."""
+    masks = [GIVEN["attention_mask"], torch.ones_like(IDS)]
+
+    def run(model, checkpointed=True):
+        losses = []
+        for mask in masks:
+            given = {"input_ids": IDS, "attention_mask": mask, "labels": IDS}
+            if checkpointed:
+                losses.append(checkpoint(lambda given=given: model(**given).loss, use_reentrant=False))
+            else:
+                losses.append(model(**given).loss)
+        for loss in losses:
+            loss.backward()
+
+    assert_equal(gradients(model_of(), run), gradients(model_of(), lambda model: run(model, checkpointed=False)))
+    model = model_of()
+    forward = model.model.embed_tokens.forward
+    model.model.embed_tokens.forward = lambda ids: forward(ids)
+    embedding = model.model.embed_tokens
+    call = embedding.__call__
+
+    class Checkpointed(torch.nn.Module):
+        def forward(self, ids):
+            return checkpoint(call, ids, use_reentrant=False)
+
+    with attach(model, neftune_noise_alpha=5):
+        model.model.embed_tokens = Checkpointed()
+        loss = sum(model(input_ids=IDS, attention_mask=mask, labels=IDS).loss for mask in masks)
+        with pytest.raises(NEFTuneError, match="not known"):
+            loss.backward()
+
+
 def test_a_compiled_model_inside_a_checkpoint():
     torch._dynamo.reset()
 
