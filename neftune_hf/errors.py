@@ -1,4 +1,4 @@
-"""What can go wrong, by name."""
+"""Exceptions and warnings."""
 
 
 class NEFTuneError(ValueError):
@@ -22,7 +22,7 @@ class DatasetError(NEFTuneError):
 
 
 class NEFTuneWarning(UserWarning):
-    """Noise is added, but with less knowledge of the batch than it should have."""
+    """Noise is added with guessed sequence lengths, or where it does harm."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,10 +1,61 @@
-"""Tables and probes that several test files share."""
+"""Trainers, probes and tables that several test files share."""
 
 import itertools
 
 import torch
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
+from neftune_hf import NEFTuneTrainerMixin
 from neftune_hf.noise import SequenceLayout, token_hash
+
+from .conftest import tiny_llama, token_dataset
+
+COMMON = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 3,
+}
+
+
+class MixedTrainer(NEFTuneTrainerMixin, Trainer):
+    pass
+
+
+def pad(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    filled = [
+        {
+            "input_ids": row["input_ids"] + [2] * (width - len(row["input_ids"])),
+            "attention_mask": [1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])),
+            "labels": row["labels"] + [-100] * (width - len(row["labels"])),
+        }
+        for row in rows
+    ]
+    return default_data_collator(filled)
+
+
+def make(tmp_path, trainer_class=Trainer, model=None, alpha=None, callbacks=(), **settings):
+    args = TrainingArguments(str(tmp_path), neftune_noise_alpha=alpha, **(COMMON | settings))
+    return trainer_class(
+        model or tiny_llama(), args, data_collator=pad, train_dataset=token_dataset(), eval_dataset=token_dataset(6),
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def train(trainer, **kwargs):
+    """As if the trainer had just been made: its constructor seeds dropout, and others were made since."""
+    set_seed(trainer.args.seed)
+    trainer.train(**kwargs)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 class Probe:

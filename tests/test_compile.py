@@ -8,7 +8,7 @@ from neftune_hf import NEFTuneCallback, attach
 from neftune_hf.errors import NEFTuneWarning
 
 from .conftest import VOCAB, leftovers, tiny_llama
-from .test_trainer import losses, make, train
+from .helpers import losses, make, train
 
 
 def graphs(shapes, between=None, steps=1, **fields):

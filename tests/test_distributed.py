@@ -12,7 +12,7 @@ from neftune_hf.lengths import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import ROOT
-from .test_trainer import COMMON
+from .helpers import COMMON
 
 pytestmark = pytest.mark.slow
 

@@ -38,9 +38,8 @@ from neftune_hf.errors import EmbeddingNotFoundError, NoNoiseError
 from neftune_hf.trainer import add_to_card
 
 from .conftest import VOCAB, D, byte_tokenizer, leftovers, tiny_llama, token_dataset
-from .helpers import Probe
+from .helpers import COMMON, MixedTrainer, Probe, make, train
 from .shrunken import shrunken_config
-from .test_trainer import COMMON, MixedTrainer, make, train
 
 IDS = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
 GIVEN = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}

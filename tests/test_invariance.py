@@ -14,7 +14,7 @@ from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer, attach, kernels
 from neftune_hf.kernels import triton as triton_kernels
 
 from .conftest import ROOT, VOCAB, byte_tokenizer, tiny_llama
-from .test_trainer import COMMON
+from .helpers import COMMON
 
 SEQUENCES = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (4, 9, 1, 6)]
 

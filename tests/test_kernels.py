@@ -251,9 +251,9 @@ for dtype in ("fp32", "bf16"):
     source = ASTSource(kernels._add_noise, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     print(json.dumps(re.findall(r"(?:ld|st)[.]global[.a-z0-9]*|fma[.]rn[.]f32", ptx)))
-tensors = dict(ids="*i64", mask="*i64", positions="*i64", bounds="*i32", labels="*i64", tokens="*u8", sequence="*i64",
-               position="*i64", totals="*i64")
-numbers = "size", "width", "mask_row", "mask_column", "positions_row", "n_bounds", "ignored_label"
+tensors = dict(ids="*i64", mask="*i64", positions="*i64", cu_seqlens="*i32", labels="*i64", tokens="*u8",
+               sequence="*i64", position="*i64", totals="*i64")
+numbers = "size", "width", "mask_row", "mask_column", "positions_row", "n_cu_seqlens", "ignored_label"
 numbers = dict.fromkeys(numbers, "i32")
 names = ("MASK", "ADDITIVE", "POSITIONS", "LABELS", "TOKENS", "STEPS", "BLOCK")
 for values in (

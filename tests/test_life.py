@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from neftune_hf import NEFTuneCallback, NEFTuneError, attach
 
 from .conftest import ROOT, leftovers, tiny_llama, token_dataset
-from .helpers import Probe
-from .test_trainer import MixedTrainer, losses, make, train
+from .helpers import MixedTrainer, Probe, losses, make, train
 
 MIXED = {"mixin": (MixedTrainer, lambda: []), "callback": (Trainer, lambda: [NEFTuneCallback(neftune_noise_alpha=5)])}
 

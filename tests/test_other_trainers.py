@@ -33,7 +33,7 @@ from neftune_hf.errors import NEFTuneWarning
 from neftune_hf.trainer import _divides_by_a_clean_pass
 
 from .conftest import VOCAB, byte_tokenizer, leftovers, tiny_llama
-from .test_trainer import COMMON
+from .helpers import COMMON
 
 PAIRS = {"prompt": ["one", "two"] * 4, "chosen": [" yes", " good day"] * 4, "rejected": [" no", " bye"] * 4}
 LABELLED = {"prompt": ["one", "two"] * 4, "completion": [" yes", " no"] * 4, "label": [True, False] * 4}

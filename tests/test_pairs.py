@@ -38,10 +38,9 @@ from neftune_hf.noise import NOISE_TYPES, noise_key
 from neftune_hf.trainer import add_to_card
 
 from .conftest import VOCAB, byte_tokenizer, leftovers, tiny_llama, token_dataset
-from .helpers import Probe
+from .helpers import COMMON, MixedTrainer, Probe, losses, make, train
 from .test_kernels import batch, by_triton, needs_compiler
 from .test_other_trainers import TRAINERS
-from .test_trainer import COMMON, MixedTrainer, losses, make, train
 
 PAIRS = {"neftune_noise_alpha": 5, "neftune_symmetric": True}
 IDS = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from neftune_hf import NEFTuneCallback
 from neftune_hf.patch import PatchedCallback
 
 from .conftest import ROOT, leftovers, tiny_llama
-from .test_trainer import MixedTrainer, losses, make, train
+from .helpers import MixedTrainer, losses, make, train
 
 
 @pytest.fixture

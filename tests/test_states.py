@@ -15,7 +15,7 @@ from neftune_hf import NEFTuneError, attach
 from neftune_hf.handle import attached_handle
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
-from .test_trainer import MixedTrainer, losses, make, train
+from .helpers import MixedTrainer, losses, make, train
 
 IDS = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
 GIVEN = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}

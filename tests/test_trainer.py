@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
 from trl import SFTConfig, SFTTrainer
 
@@ -16,7 +16,6 @@ from neftune_hf import (
     NEFTuneError,
     NEFTuneSFTConfig,
     NEFTuneSFTTrainer,
-    NEFTuneTrainerMixin,
     add_noise,
 )
 from neftune_hf.errors import NEFTuneWarning, NoNoiseError
@@ -24,54 +23,7 @@ from neftune_hf.lengths import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import VOCAB, D, byte_tokenizer, leftovers, tiny_llama, token_dataset
-from .helpers import Probe
-
-COMMON = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "seed": 3,
-}
-
-
-class MixedTrainer(NEFTuneTrainerMixin, Trainer):
-    pass
-
-
-def pad(rows):
-    width = max(len(row["input_ids"]) for row in rows)
-    filled = [
-        {
-            "input_ids": row["input_ids"] + [2] * (width - len(row["input_ids"])),
-            "attention_mask": [1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])),
-            "labels": row["labels"] + [-100] * (width - len(row["labels"])),
-        }
-        for row in rows
-    ]
-    return default_data_collator(filled)
-
-
-def make(tmp_path, trainer_class=Trainer, model=None, alpha=None, callbacks=(), **settings):
-    args = TrainingArguments(str(tmp_path), neftune_noise_alpha=alpha, **(COMMON | settings))
-    return trainer_class(
-        model or tiny_llama(), args, data_collator=pad, train_dataset=token_dataset(), eval_dataset=token_dataset(6),
-        callbacks=list(callbacks),
-    )  # fmt: skip
-
-
-def train(trainer, **kwargs):
-    """As if the trainer had just been made: its constructor seeds dropout, and others were made since."""
-    set_seed(trainer.args.seed)
-    trainer.train(**kwargs)
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+from .helpers import COMMON, MixedTrainer, Probe, losses, make, train
 
 
 @pytest.mark.parametrize("alpha", [None, 0])
@@ -422,6 +374,8 @@ def test_one_liner(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     trainer = NEFTuneSFTTrainer(model_folder, train_dataset=token_dataset(), neftune_noise_alpha=5)
     assert trainer.neftune_callback.fields == {"neftune_noise_alpha": 5}
+    trainer.train()
+    assert trainer.neftune_callback.run.noised_forwards == {"model.embed_tokens": 9}  # 3 epochs of 3 batches
     with pytest.raises(NEFTuneError, match="`neftune_noise_alpha`"):
         NEFTuneSFTTrainer(model_folder, train_dataset=token_dataset(), neftune_noise_alpha="5")
 

@@ -22,8 +22,8 @@ from neftune_hf.lengths import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import tiny_llama
+from .helpers import COMMON, losses, make, pad
 from .ranks import accelerator_on_cpu
-from .test_trainer import COMMON, losses, make, pad
 
 STEPS = 6
 

@@ -9,9 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 import neftune_hf.trainer
 from tests.conftest import tiny_llama
-from tests.helpers import Probe
+from tests.helpers import MixedTrainer, Probe, losses, make
 from tests.test_pairs import Gradients
-from tests.test_trainer import MixedTrainer, losses, make
 
 
 def main(kind: str, folder: Path) -> None:

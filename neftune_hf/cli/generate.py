@@ -15,7 +15,7 @@ Prompt = str | list[dict[str, str]]
 
 
 def run(argv: Sequence[str]) -> None:
-    """Greedy completions of a file of prompts. Called again, it goes on where it was cut off."""
+    """Greedy completions of a file of prompts. Called again, it resumes an interrupted run."""
     parser = argparse.ArgumentParser(prog="neftune-hf generate", description=run.__doc__)
     parser.add_argument("model", help="name or folder of a model or an adapter")
     parser.add_argument("--prompts", required=True, help="JSON, JSONL or Parquet with `instruction` or `turns`")

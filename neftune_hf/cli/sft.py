@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     after = _completion(example, trainer)
     trainer.save_model()
-    # The card links a data set of the hub; a mixture or a file of one's own has no page there.
+    # The card links a data set of the hub; a mixture or a local file has no page there.
     is_local = mixture.datasets or Path(script_args.dataset_name).exists()
     dataset = None if is_local else script_args.dataset_name
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset)

@@ -36,13 +36,13 @@ def _larger(a, b):
 
 
 @triton.jit
-def _document(bounds, place, n_bounds, STEPS: tl.constexpr):
+def _document(cu_seqlens, place, n_cu_seqlens, STEPS: tl.constexpr):
     """How many of the cumulative lengths are at most `place`, by bisection."""
     low = tl.zeros_like(place)
-    high = low + n_bounds
+    high = low + n_cu_seqlens
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
-        below = tl.load(bounds + middle, mask=(middle < n_bounds) & (low < high), other=0).to(tl.int64) <= place
+        below = tl.load(cu_seqlens + middle, mask=(middle < n_cu_seqlens) & (low < high), other=0).to(tl.int64) <= place
         inner = low < high
         low = tl.where(inner & below, middle + 1, low)
         high = tl.where(inner & ~below, middle, high)
@@ -51,7 +51,7 @@ def _document(bounds, place, n_bounds, STEPS: tl.constexpr):
 
 @triton.jit
 def _real(
-    column, row, width, last, mask, mask_row, mask_column, tokens, bounds, n_bounds,
+    column, row, width, last, mask, mask_row, mask_column, tokens, cu_seqlens, n_cu_seqlens,
     MASK: tl.constexpr, ADDITIVE: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     real = (column >= 0) & (column < width) & (column <= last)
@@ -63,14 +63,14 @@ def _real(
     if TOKENS:
         real &= tl.load(tokens + row * width + column, mask=real, other=0) != 0
     if STEPS:
-        real &= _document(bounds, row * width + column, n_bounds, STEPS) < n_bounds
+        real &= _document(cu_seqlens, row * width + column, n_cu_seqlens, STEPS) < n_cu_seqlens
     return real
 
 
-@triton.jit(do_not_specialize=["width", "n_bounds", "ignored_label"])
+@triton.jit(do_not_specialize=["width", "n_cu_seqlens", "ignored_label"])
 def _lay_out(
-    ids, mask, positions, bounds, labels, tokens, sequence, position, totals,
-    size, width, mask_row, mask_column, positions_row, n_bounds, ignored_label,
+    ids, mask, positions, cu_seqlens, labels, tokens, sequence, position, totals,
+    size, width, mask_row, mask_column, positions_row, n_cu_seqlens, ignored_label,
     MASK: tl.constexpr, ADDITIVE: tl.constexpr, POSITIONS: tl.constexpr, LABELS: tl.constexpr,
     TOKENS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -101,8 +101,8 @@ def _lay_out(
             mask_row,
             mask_column,
             tokens,
-            bounds,
-            n_bounds,
+            cu_seqlens,
+            n_cu_seqlens,
             MASK,
             ADDITIVE,
             TOKENS,
@@ -117,8 +117,8 @@ def _lay_out(
             mask_row,
             mask_column,
             tokens,
-            bounds,
-            n_bounds,
+            cu_seqlens,
+            n_cu_seqlens,
             MASK,
             ADDITIVE,
             TOKENS,
@@ -129,8 +129,8 @@ def _lay_out(
         begins = before < 0
         both = real & (before >= 0)
         if STEPS:
-            document = _document(bounds, row * width + column, n_bounds, STEPS)
-            begins |= document != _document(bounds, row * width + tl.maximum(before, 0), n_bounds, STEPS)
+            document = _document(cu_seqlens, row * width + column, n_cu_seqlens, STEPS)
+            begins |= document != _document(cu_seqlens, row * width + tl.maximum(before, 0), n_cu_seqlens, STEPS)
         elif POSITIONS:
             here = tl.load(positions + row * positions_row + column, mask=both, other=1)
             begins |= here <= tl.load(positions + row * positions_row + before, mask=both, other=0)
@@ -225,7 +225,7 @@ def add_noise_to_call(
     noised = torch.empty_like(embeddings)
     scratch = torch.zeros(4, size, dtype=torch.int64, device=ids.device)
     sequence, position, totals = scratch[0], scratch[1], scratch[2:]
-    mask, positions, bounds = call.attention_mask, call.position_ids, call.cu_seqlens
+    mask, positions, cu_seqlens = call.attention_mask, call.position_ids, call.cu_seqlens
     labels, tokens = call.labels, call.token_mask
     # Strides as they are: a mask may be a slice, or one row for the batch.
     mask_row = mask_column = 0
@@ -237,21 +237,21 @@ def add_noise_to_call(
     if positions is not None and positions.stride(1) != 1:
         positions = positions.contiguous()
     positions_row = 0 if positions is None or positions.shape[0] == 1 else positions.stride(0)
-    n_bounds = 0 if bounds is None else len(bounds)
+    n_cu_seqlens = 0 if cu_seqlens is None else len(cu_seqlens)
     on_its_device = torch.cuda.device(embeddings.device) if embeddings.is_cuda else contextlib.nullcontext()
     with on_its_device:
         _lay_out[(batch,)](
             ids,
             ids if mask is None else mask,
             ids if positions is None else positions,
-            ids if bounds is None else bounds,
+            ids if cu_seqlens is None else cu_seqlens,
             ids if labels is None else labels.contiguous(),
             ids if tokens is None else tokens.contiguous().view(torch.uint8),
-            sequence, position, totals, size, width, mask_row, mask_column, positions_row, n_bounds,
+            sequence, position, totals, size, width, mask_row, mask_column, positions_row, n_cu_seqlens,
             call.ignored_label,
             MASK=0 if mask is None else mask.dim(), ADDITIVE=mask is not None and mask.is_floating_point(),
             POSITIONS=positions is not None, LABELS=labels is not None, TOKENS=tokens is not None,
-            STEPS=n_bounds.bit_length(), BLOCK=min(BLOCK, triton.next_power_of_2(width)),
+            STEPS=n_cu_seqlens.bit_length(), BLOCK=min(BLOCK, triton.next_power_of_2(width)),
         )  # fmt: skip
         rows, channels = 16, min(256, triton.next_power_of_2(d))
         grid = (triton.cdiv(size, rows), triton.cdiv(d, channels))
