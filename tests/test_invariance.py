@@ -144,10 +144,10 @@ def test_two_processes_have_the_loss_of_one(padded_step, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     code = (
-        "import sys, torch; from tests.test_invariance import sft\n"
+        "import os, sys, torch; from tests.test_invariance import sft\n"
         "loss = sft(sys.argv[1], per_device_train_batch_size=2)\n"
-        "print('LOSS', *loss) if torch.distributed.get_rank() == 0 else None\n"
-        "torch.distributed.barrier(); torch.distributed.destroy_process_group()"
+        "print('LOSS', *loss, flush=True) if torch.distributed.get_rank() == 0 else None\n"
+        "torch.distributed.barrier(); os._exit(0)"
     )
     script = tmp_path / "run.py"
     script.write_text(code)

@@ -169,7 +169,7 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
         torch.save(saved | {"weights": [w.detach() for w in weights]}, folder / f"{phase}.pt")
     if distributed.is_initialized():
         distributed.barrier()
-        distributed.destroy_process_group()
+        os._exit(0)  # gloo may hang when the interpreter tears it down
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Started by `accelerate launch` in test_distributed: one process of a data-parallel run. Prints nothing; saves."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def main(kind: str, folder: Path) -> None:
     saved["gradients"] = gradients
     torch.save(saved, folder / f"{kind}-{rank}.pt")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo may hang when the interpreter tears it down
 
 
 if __name__ == "__main__":
