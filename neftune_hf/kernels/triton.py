@@ -13,7 +13,7 @@ import triton.language as tl
 from ..lengths import CallArguments
 from ..noise import MEASURED_TOKENS
 
-_KINDS = {"uniform": 0, "bernoulli": 1}  # gaussian needs an inverse error function, which Triton lacks
+_TYPES = ("uniform", "bernoulli")  # gaussian needs an inverse error function, which Triton lacks
 BLOCK = 1024  # tokens of a row at a time
 
 
@@ -93,37 +93,13 @@ def _lay_out(
     for start in range(0, width, BLOCK):
         column = start + columns
         real = _real(
-            column,
-            row,
-            width,
-            last,
-            mask,
-            mask_row,
-            mask_column,
-            tokens,
-            cu_seqlens,
-            n_cu_seqlens,
-            MASK,
-            ADDITIVE,
-            TOKENS,
-            STEPS,
-        )
+            column, row, width, last, mask, mask_row, mask_column, tokens, cu_seqlens, n_cu_seqlens,
+            MASK, ADDITIVE, TOKENS, STEPS,
+        )  # fmt: skip
         left = _real(
-            column - 1,
-            row,
-            width,
-            last,
-            mask,
-            mask_row,
-            mask_column,
-            tokens,
-            cu_seqlens,
-            n_cu_seqlens,
-            MASK,
-            ADDITIVE,
-            TOKENS,
-            STEPS,
-        )
+            column - 1, row, width, last, mask, mask_row, mask_column, tokens, cu_seqlens, n_cu_seqlens,
+            MASK, ADDITIVE, TOKENS, STEPS,
+        )  # fmt: skip
         before = tl.associative_scan(tl.where(left, column - 1, -1), 0, _larger)
         before = tl.maximum(before, seen)
         begins = before < 0
@@ -207,7 +183,7 @@ def can_add(embeddings: torch.Tensor, call: CallArguments, noise_type: str) -> b
     """Whether the kernels do this exactly; the plain formula does the rest."""
     narrow = embeddings.dtype in (torch.float32, torch.bfloat16, torch.float16)
     whole = not call.is_time_major and call.own_columns is None
-    return noise_type in _KINDS and narrow and embeddings.numel() > 0 and whole
+    return noise_type in _TYPES and narrow and embeddings.numel() > 0 and whole
 
 
 def add_noise_to_call(
