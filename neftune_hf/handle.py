@@ -91,6 +91,7 @@ class NEFTuneHandle:
             for index, modules in enumerate(around)
         ]
         self._removables: list = []
+        self._max_steps: int | None = None
         self._sign = 1
         self.set_step(0)
 
@@ -107,7 +108,7 @@ class NEFTuneHandle:
         Raises:
             NEFTuneError: `neftune_schedule` is not constant and `max_steps` was never given.
         """
-        self._max_steps = max_steps or getattr(self, "_max_steps", None)
+        self._max_steps = max_steps or self._max_steps
         if self.sites and self._max_steps is None and self.config.neftune_schedule != "constant" and step > 0:
             raise NEFTuneError(
                 f"`max_steps` is missing: `neftune_schedule={self.config.neftune_schedule!r}` needs the number of "

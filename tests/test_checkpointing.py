@@ -144,7 +144,6 @@ def test_two_passes_over_one_batch_and_a_graph_that_is_kept():
     assert_equal(gradients(model_of(), run), gradients(model_of(), lambda model: run(model, checkpointed=False)))
 
 
-@pytest.mark.slow
 def test_the_same_ids_with_two_masks():
     """Around the model each pass has its own mask; around the embedding alone nobody knows which it was."""
     masks = [GIVEN["attention_mask"], torch.ones_like(IDS)]
@@ -178,6 +177,7 @@ def test_the_same_ids_with_two_masks():
             loss.backward()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_inside_a_checkpoint():
     torch._dynamo.reset()
 

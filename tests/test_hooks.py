@@ -1,5 +1,6 @@
 """Noise on live models: its size on every layout, when it acts, and that it leaves no trace."""
 
+import contextlib
 import copy
 import io
 import math
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from neftune_hf import NEFTuneError, attach
-from neftune_hf.errors import EmbeddingNotFoundError
+from neftune_hf.errors import EmbeddingNotFoundError, NEFTuneWarning
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
 
@@ -202,6 +203,19 @@ def test_an_interrupted_forward_leaves_no_stale_lengths():
         noise = embed(model, input_ids=ids, attention_mask=torch.ones_like(ids)) - model.model.embed_tokens.weight[ids]
         assert noise.flatten(1).norm(dim=1).mean().item() == pytest.approx(ALPHA / math.sqrt(3), rel=0.1)
         assert handle.noised_forwards == {"model.embed_tokens": 2}
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_embedding_that_is_called_alone_has_no_other_calls_mask(interrupted):
+    model, ids = tiny_llama().train(), torch.randint(3, VOCAB, (2, 8))
+    if interrupted:
+        model.model.layers[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with attach(model, neftune_noise_alpha=ALPHA):
+        with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+            model(ids, attention_mask=torch.tensor([[1] * 2 + [0] * 6] * 2))
+        with pytest.warns(NEFTuneWarning, match="padded width"):
+            noised = model.model.embed_tokens(ids)
+    assert (noised != model.model.embed_tokens.weight[ids]).any(-1).all()
 
 
 class NoEmbedding(nn.Module):
