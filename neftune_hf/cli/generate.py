@@ -130,6 +130,18 @@ def complete(
     >>> answers = complete(*load("outputs/quickstart"), prompts, max_new_tokens=8)
     ```
     """
+    tokens = complete_tokens(model, tokenizer, prompts, max_new_tokens, repetition_penalty)
+    return [str(tokenizer.decode(completion, skip_special_tokens=True)).strip() for completion in tokens]
+
+
+def complete_tokens(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    repetition_penalty: float = 1.2,
+) -> list[list[int]]:
+    """As [`complete`], the ids of the completions, each with its end of sequence where it came to one."""
     import torch
     from transformers import GenerationConfig
 
@@ -155,8 +167,8 @@ def complete(
         # type hints of transformers give `generate` to each model's class and not to their base
         tokens = model.generate(**inputs.to(model.device), generation_config=generation)  # type: ignore[operator]
     model.train(was_training)
-    completions = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [completion.strip() for completion in completions]
+    completions = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    return [row[: next((n for n, id in enumerate(row, 1) if id in ends), None)] for row in completions]
 
 
 def _read_prompts(prompts: str) -> list[dict[str, Any]]:

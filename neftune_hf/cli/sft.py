@@ -28,39 +28,23 @@ def run(argv: Sequence[str]) -> None:
     Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig is an
     option and a key of the YAML file.
     """
-    settings = _check_files(argv)
-    script_args, training_args, model_args, mixture, launch = _parse(argv, settings)
-    if launch.num_processes is not None and launch.num_processes < 1:
-        raise NEFTuneConfigError(f"`num_processes` is {launch.num_processes}, and must be at least 1.")
-    if (launch.accelerate_config or launch.num_processes) and "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return _launch(launch, argv)
+    script_args, training_args, model_args, mixture, launch = _parse(argv, _check_files(argv))
+    if _launched("sft", launch, argv):
+        return
     _check(script_args, training_args, model_args, mixture)
 
     import torch
-    from trl import get_peft_config, get_quantization_config
-
-    from ..sft import NEFTuneSFTTrainer
 
     tokenizer = _tokenizer(model_args, training_args)
     if training_args.process_index != 0:  # all processes read the same data, and one tells of it
         logging.getLogger("neftune_hf").setLevel(logging.ERROR)
+    wanted = [script_args.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        wanted.append(script_args.dataset_test_split)
     with training_args.main_process_first():
-        train, test = _data(script_args, training_args, mixture, tokenizer)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    trainer = NEFTuneSFTTrainer(
-        model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+        train, *tests = _data(script_args, training_args, mixture, tokenizer, wanted)
+    test = tests[0] if tests else None
+    trainer = _trainer(training_args, model_args, tokenizer, train, test)
     example = next(iter(test)) if test is not None else None
     before = _completion(example, trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -240,8 +224,12 @@ def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
         raise NEFTuneConfigError(message) from error
 
 
-def _launch(launch: argparse.Namespace, argv: Sequence[str]) -> None:
-    """The same command in the processes of `accelerate launch`, as `trl sft` starts them."""
+def _launched(command: str, launch: argparse.Namespace, argv: Sequence[str]) -> bool:
+    """Whether this process has run the same command in those of `accelerate launch`, as `trl sft` starts them."""
+    if launch.num_processes is not None and launch.num_processes < 1:
+        raise NEFTuneConfigError(f"`num_processes` is {launch.num_processes}, and must be at least 1.")
+    if not (launch.accelerate_config or launch.num_processes) or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return False
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -255,7 +243,8 @@ def _launch(launch: argparse.Namespace, argv: Sequence[str]) -> None:
             options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
         except ValueError as error:
             raise NEFTuneConfigError(f"`accelerate_config`: {error}") from error
-    launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", "sft", *rest]))
+    launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", command, *rest]))
+    return True
 
 
 def _check(
@@ -309,13 +298,43 @@ def _tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> 
         ) from error
 
 
+def _trainer(
+    training_args: "NEFTuneSFTConfig",
+    model_args: "ModelConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    train: "Dataset",
+    test: Any,
+) -> "NEFTuneSFTTrainer":
+    from trl import get_peft_config, get_quantization_config
+
+    from ..sft import NEFTuneSFTTrainer
+
+    kwargs: Any = training_args.model_init_kwargs
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (kwargs or {})
+    return NEFTuneSFTTrainer(
+        model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
 def _data(
     script_args: "ScriptArguments",
     training_args: "NEFTuneSFTConfig",
     mixture: "DatasetMixtureConfig",
     tokenizer: "PreTrainedTokenizerBase",
-) -> tuple["Dataset", "Dataset | None"]:
-    """The training set and, where there is evaluation, the test set, ready for TRL."""
+    wanted: list[str],
+) -> list["Dataset"]:
+    """The splits `wanted`, ready for TRL."""
     from trl import get_dataset
     from trl.data_utils import get_dataset_column_names
 
@@ -328,9 +347,6 @@ def _data(
             splits = get_dataset(mixture)
     else:
         splits = load_instructions(name, script_args.dataset_config, script_args.dataset_streaming)
-    wanted = [script_args.dataset_train_split]
-    if training_args.eval_strategy != "no":
-        wanted.append(script_args.dataset_test_split)
     if missing := set(wanted) - set(splits):
         raise NEFTuneConfigError(
             f"`{argument}` {name} has the splits {', '.join(splits)}, not {', '.join(sorted(missing))}. "
@@ -347,4 +363,4 @@ def _data(
             data = data.select_columns([field]).rename_column(field, "text")
         pairs = to_prompt_completion(data, called, bool(tokenizer.chat_template))
         ready.append(keep_usable(pairs, called, tokenizer, limit))
-    return ready[0], ready[1] if len(ready) > 1 else None
+    return ready

@@ -1,0 +1,333 @@
+"""`neftune-hf compare`: the same training with several settings and seeds, and what the settings changed."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError
+from .generate import _prompt, _read_prompts, _turns, complete_tokens
+from .sft import _check, _check_files, _data, _launched, _parse, _tokenizer, _trainer
+
+_RATIO = "neftune/noise_to_embedding_db"
+_POINTS = 4  # of a run, at which its clean losses are measured
+# A grid has one progress bar, saves measurements instead of models, and evaluates by itself.
+_FIXED = {
+    "eval_strategy": "no", "eval_on_start": "false", "save_strategy": "no", "load_best_model_at_end": "false",
+    "push_to_hub": "false", "disable_tqdm": "true", "eval_packing": "false",
+}  # fmt: skip
+
+
+def run(argv: Sequence[str]) -> None:
+    """Train one configuration with several settings and seeds, and report what the settings changed.
+
+    Runs of one seed are pairs: the same batches, dropout and initial adapter. Afterwards, with the noise off, the
+    losses of records and greedy completions are compared record by record, with confidence intervals over records and
+    seeds, in report.html, report.md and results.json of `output_dir`. Called again, it goes on after the last run that
+    was finished.
+    """
+    parser = argparse.ArgumentParser(
+        prog="neftune-hf compare",
+        usage="%(prog)s --config FILE [--alphas A [A ...]] [--seeds N [N ...]] [OPTIONS]",
+        description=run.__doc__,
+        epilog="All other options, --output_dir among them, are those of `neftune-hf sft`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--alphas",
+        type=float,
+        nargs="+",
+        metavar="A",
+        help="neftune_noise_alpha; the first is the baseline (default: 0 5)",
+    )
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE,...",
+        help="another field to vary; once more for each",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    parser.add_argument(
+        "--records",
+        type=int,
+        default=100,
+        metavar="N",
+        help="of held-out and of training data each, to measure on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="of a completion (default: %(default)s); 0 for none",
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="more instructions to complete, as `neftune-hf generate` reads them"
+    )
+    parser.add_argument(
+        "--judge", metavar="NAME", help="annotators of alpaca_eval, which call a paid service with a key of yours"
+    )
+    own, rest = parser.parse_known_args(argv)
+    for name, least in {"records": 2, "max_new_tokens": 0}.items():
+        if (value := getattr(own, name)) < least:
+            raise NEFTuneConfigError(f"`--{name}` is {value}, and must be at least {least}.")
+    cells = [(setting, seed) for setting in _settings(own) for seed in own.seeds]
+    in_file = _check_files(rest)
+    *given, launch = _parse(rest, in_file)
+    parsed = [_parse(_words(rest, *cell), in_file)[:-1] for cell in cells]  # what is refused, before any training
+    if _launched("compare", launch, argv):
+        return
+    _check(*given)
+    script_args, training_args, _, mixture = given
+    if script_args.dataset_streaming or mixture.streaming:
+        raise NEFTuneConfigError("Runs are compared on the same records, and a stream is not read twice: no streaming.")
+    _Grid(own, cells, parsed, evaluates=training_args.eval_strategy != "no").run()
+
+
+def _settings(own: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every combination of the values given; the first is the baseline."""
+    import yaml
+
+    axes: dict[str, list[Any]] = {}
+    for words in own.vary:
+        field, _, values = words.partition("=")
+        if not values:
+            raise NEFTuneConfigError(f"`--vary` is {words!r}; write it as --vary neftune_length=tokens,width")
+        axes[field] = [yaml.safe_load(value) for value in values.split(",")]
+    if own.alphas or not axes:
+        axes["neftune_noise_alpha"] = own.alphas or [0.0, 5.0]
+    settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    names = list(map(_name, settings))
+    if len(set(names)) < len(names) or len(set(own.seeds)) < len(own.seeds):
+        raise NEFTuneConfigError(f"A setting or a seed is given twice: {'; '.join(names)}; seeds {own.seeds}.")
+    if len(names) < 2:
+        raise NEFTuneConfigError(f"There is one setting, {names[0]}. Give two values or more, to compare them.")
+    return settings
+
+
+def _name(setting: dict[str, Any]) -> str:
+    """As in `alpha 5` and `length width, alpha 5`."""
+    parts = []
+    for field, value in setting.items():
+        short = field.removeprefix("neftune_").removeprefix("noise_")
+        parts.append(f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}")
+    return ", ".join(parts)
+
+
+def _words(rest: Sequence[str], setting: dict[str, Any], seed: int) -> list[str]:
+    words = _FIXED | {name: str(value) for name, value in setting.items()} | {"seed": str(seed)}
+    return [*rest, *itertools.chain(*((f"--{name}", value) for name, value in words.items()))]
+
+
+class _Grid:
+    """The runs of a comparison; what is measured of each is a file in `output_dir`/runs.
+
+    Attributes:
+        cells: A setting and a seed for each run.
+        parsed: The arguments of each run, as `neftune-hf sft` has them.
+    """
+
+    def __init__(self, own: argparse.Namespace, cells: list[tuple[dict, int]], parsed: list[tuple], evaluates: bool):
+        self.own, self.cells, self.parsed, self.evaluates = own, cells, parsed, evaluates
+        _, training_args, model_args, _ = parsed[0]
+        self.folder = Path(training_args.output_dir)
+        self.tokenizer = _tokenizer(model_args, training_args)
+
+    def run(self) -> None:
+        import datasets
+        import torch
+        import transformers
+        from accelerate import PartialState
+        from tqdm import tqdm
+
+        from ..report import write_report
+
+        state = PartialState()
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        logger = logging.getLogger("neftune_hf")
+        logger.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
+        with state.main_process_first():
+            self.load()
+        logger.setLevel(logging.ERROR)  # what a run's first line says is in the report
+        todo = [number for number in range(len(self.cells)) if not self.is_done(number)]
+        shown = "{desc} {percentage:3.0f} % |{bar}| {elapsed}, {remaining} left"
+        with tqdm(total=len(todo), smoothing=0, bar_format=shown, disable=not state.is_main_process) as bar:
+            for count, number in enumerate(todo, start=1):
+                bar.set_description_str(f"{self.name(number)} ({count} of {len(todo)})")
+                result = self.train(number, lambda share: bar.update(min(share, bar.total - bar.n)))
+                if state.is_main_process:
+                    self.file(number).parent.mkdir(parents=True, exist_ok=True)
+                    part = self.file(number).with_suffix(".part")  # a run that is cut off leaves no file
+                    part.write_text(json.dumps(result), encoding="utf-8")
+                    part.replace(self.file(number))
+                state.wait_for_everyone()
+        if state.is_main_process:
+            runs = [json.loads(self.file(number).read_text(encoding="utf-8")) for number in range(len(self.cells))]
+            print(write_report(self.folder, runs, self.own.judge))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def load(self) -> None:
+        """Read what is trained on, records to measure on, and prompts to complete."""
+        script_args, training_args, _, mixture = self.parsed[0]
+        wanted = [script_args.dataset_train_split, *([script_args.dataset_test_split] if self.evaluates else [])]
+        train, *tests = _data(script_args, training_args, mixture, self.tokenizer, wanted)
+        for _, args, _, _ in self.parsed:
+            args.dataset_text_field = training_args.dataset_text_field
+        count = self.own.records
+        if not tests:
+            if len(train) < 2 * count:
+                raise DatasetError(
+                    f"`--records` is {count}, to be held out of {len(train)} records. Give a smaller number, or set "
+                    "`eval_strategy: epoch` to measure on `dataset_test_split`."
+                )
+            split = train.train_test_split(test_size=count, seed=0)
+            train, tests = split["train"], [split["test"]]
+        self.train_set = train
+        self.measured = {
+            name: data.select(range(min(count, len(data))))
+            for name, data in {"held_out": tests[0], "training": train.shuffle(seed=0)}.items()
+        }
+        self.asked: dict[str, list[dict[str, Any]]] = {}
+        if not self.own.max_new_tokens:
+            return
+        for name, data in self.measured.items():
+            if "prompt" in data.column_names:
+                self.asked[name] = [{"prompt": r["prompt"], "reference": _text(r["completion"])} for r in data]
+        if self.own.prompts:
+            prompts = [_prompt(_turns(record)[:1], [], self.tokenizer) for record in _read_prompts(self.own.prompts)]
+            self.asked["prompts"] = [{"prompt": prompt, "reference": None} for prompt in prompts]
+
+    def name(self, number: int) -> str:
+        setting, seed = self.cells[number]
+        return f"{_name(setting)}, seed {seed}"
+
+    def file(self, number: int) -> Path:
+        return self.folder / "runs" / f"{self.name(number).replace(', ', '_').replace(' ', '-')}.json"
+
+    def settings(self, number: int) -> dict[str, str]:
+        """What the result of a run depends on, so that results of other settings are not taken for its own."""
+        found = {name: str(getattr(self.own, name)) for name in ("records", "max_new_tokens", "prompts")}
+        for group in self.parsed[number]:
+            for field in dataclasses.fields(group):
+                if field.init and (value := getattr(group, field.name)) != field.default and value is not None:
+                    found[field.name] = str(value)
+        for place in ("output_dir", "logging_dir", "run_name", "hub_token", "report_to", "model_init_kwargs"):
+            found.pop(place, None)
+        return found
+
+    def is_done(self, number: int) -> bool:
+        file = self.file(number)
+        if not file.exists():
+            return False
+        then, now = json.loads(file.read_text(encoding="utf-8"))["settings"], self.settings(number)
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                raise NEFTuneConfigError(
+                    f"`output_dir` {self.folder} has a run of {self.name(number)} with `{name}` {then.get(name)}, and "
+                    f"it is {now.get(name)} now. Name another folder, or remove {file}."
+                )
+        return True
+
+    def train(self, number: int, progress: Callable[[float], Any]) -> dict[str, Any]:
+        """Train one cell and measure it.
+
+        Args:
+            progress (`Callable`): Called with the share of the run that is new since the last call.
+        """
+        from transformers import PrinterCallback, TrainerCallback, set_seed
+
+        from ..measure import record_losses
+
+        setting, seed = self.cells[number]
+        _, training_args, model_args, _ = self.parsed[number]
+        settings = self.settings(number)  # before the trainer completes them
+        set_seed(seed)  # the initial adapter
+        trainer: Any = _trainer(training_args, model_args, self.tokenizer, self.train_set, self.measured)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise NEFTuneError(
+                "`accelerate_config` shards the model over processes, and its losses and completions are measured on "
+                "whole models. Use `--accelerate_config ddp` or a single process."
+            )
+        trainer.remove_callback(PrinterCallback)
+        collate = dataclasses.replace(trainer.data_collator, padding_free=False)
+        batch_size, processes = training_args.per_device_eval_batch_size, trainer.accelerator.num_processes
+        # Rough shares of a run's time. The time left is right all the same, for it counts whole runs.
+        records, prompts = (sum(map(len, group.values())) for group in (self.measured, self.asked))
+        per_step, per_loss = 0.5, (0.3 if prompts else 0.5) / _POINTS / records * processes
+        per_completion = 0.2 / max(prompts, 1) * processes
+        curve: list[dict[str, float]] = []
+        losses: dict[str, list[float]] = {}
+
+        def loss_of(rows: list[dict]) -> list[float]:
+            return record_losses(trainer.model, rows, collate, batch_size, lambda count: progress(count * per_loss))
+
+        def complete(asked: list[dict]) -> list[dict]:
+            return self.complete(trainer, asked, lambda count: progress(count * per_completion))
+
+        class Measure(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                progress(per_step / state.max_steps)
+                if state.global_step in {-(-state.max_steps * point // _POINTS) for point in range(1, _POINTS + 1)}:
+                    for name, rows in trainer.eval_dataset.items():
+                        losses[name] = _over_processes(trainer.accelerator, list(rows), loss_of)
+                    means = {name: sum(values) / len(values) for name, values in losses.items()}
+                    curve.append({"step": state.global_step} | means)
+
+        trainer.add_callback(Measure)
+        set_seed(seed)  # dropout
+        trainer.train()
+        completions = {
+            name: _over_processes(trainer.accelerator, asked, complete) for name, asked in self.asked.items()
+        }
+        history, noise = trainer.state.log_history, trainer.neftune_callback.run
+        since_log = [noise.noise_to_embedding_db] if noise.noise_to_embedding_db is not None else []
+        lengths = [len(ids) for ids in trainer.eval_dataset["training"]["input_ids"]]
+        result = {
+            "name": _name(setting),
+            "setting": setting,
+            "seed": seed,
+            "settings": settings,
+            "steps": trainer.state.max_steps,
+            "epochs": trainer.state.epoch,
+            "train_records": len(self.train_set),
+            "mean_length": sum(lengths) / len(lengths),
+            "logged": [[e["step"], e["loss"]] for e in history if "loss" in e],
+            "noise_to_embedding_db": [e[_RATIO] for e in history if _RATIO in e] or since_log,
+            "curve": curve,
+            "losses": losses,
+            "asked": self.asked,
+            "completions": completions,
+        }
+        trainer.accelerator.free_memory()
+        return result
+
+    def complete(self, trainer: Any, asked: list[dict], progress: Callable[[int], Any]) -> list[dict[str, Any]]:
+        """Greedy completions, with the authors' repetition penalty."""
+        made, size = [], trainer.args.per_device_eval_batch_size
+        for start in range(0, len(asked), size):
+            prompts = [row["prompt"] for row in asked[start : start + size]]
+            for ids in complete_tokens(trainer.model, self.tokenizer, prompts, self.own.max_new_tokens):
+                text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                made.append({"text": text, "tokens": len(ids), "ended": len(ids) < self.own.max_new_tokens})
+            progress(len(prompts))
+        return made
+
+
+def _over_processes(accelerator: Any, items: list, measure: Callable[[list], list]) -> list:
+    """What `measure` makes of all items, each process having a part of them."""
+    from accelerate.utils import gather_object
+
+    with accelerator.split_between_processes(items) as own:
+        return gather_object(measure(own))
+
+
+def _text(completion: str | list[dict[str, str]]) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -1,0 +1,79 @@
+"""What is measured of a trained model with the noise off: losses of records, completions, and their texts."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import sentence_bleu
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+Progress = Callable[[int], Any]
+
+
+@torch.no_grad()
+def record_losses(
+    model: PreTrainedModel, rows: Any, collate: Callable, batch_size: int, progress: Progress = lambda count: None
+) -> list[float]:
+    """The mean negative log-likelihood per label token of each record, in nats, with the model in evaluation mode.
+
+    Args:
+        model (`transformers.PreTrainedModel`): A causal language model.
+        rows (a sequence of `dict`): Tokenised records.
+        collate (`Callable`): Makes a padded batch of them, with `labels` of -100 where there is no loss.
+        batch_size (`int`): Records in a forward pass.
+        progress (`Callable`): Called with the number of records after each pass.
+
+    Returns:
+        `list[float]`: In the order of `rows`; NaN for a record without labels.
+    """
+    was_training = model.training
+    model.eval()
+    losses = [math.nan] * len(rows)
+    for numbers in _by_length([len(row["input_ids"]) for row in rows], batch_size):
+        batch = {k: v.to(model.device) for k, v in collate([rows[number] for number in numbers]).items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        loss = cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # 0 where the label is -100
+        for number, value in zip(numbers, loss.sum(1) / (labels != -100).sum(1), strict=True):
+            losses[number] = value.item()
+        progress(len(numbers))
+    model.train(was_training)
+    return losses
+
+
+def text_metrics(completion: str, reference: str | None) -> dict[str, float]:
+    """Of a completion: repetition, and overlap with a reference where there is one; each from 0 to 1.
+
+    Returns:
+        `dict[str, float]`: `distinct_2`, different over all pairs of neighbouring words; `repeated_4`, the share of
+        groups of 4 words that have been there before; `rouge_l`, the F-measure of `rouge-score`; `bleu`, the sentence
+        BLEU of `sacrebleu`. What a text has no words for is NaN.
+
+    Example:
+
+    ```python
+    >>> from neftune_hf.measure import text_metrics
+    >>> text_metrics("a b a b", reference=None)["distinct_2"]
+    0.6666666666666666
+    ```
+    """
+    words = completion.split()
+    pairs, fours = (list(zip(*(words[start:] for start in range(n)), strict=False)) for n in (2, 4))
+    metrics = {
+        "distinct_2": len(set(pairs)) / len(pairs) if pairs else math.nan,
+        "repeated_4": 1 - len(set(fours)) / len(fours) if fours else math.nan,
+    }
+    if reference is not None:
+        metrics["rouge_l"] = RougeScorer(["rougeL"]).score(reference, completion)["rougeL"].fmeasure
+        metrics["bleu"] = sentence_bleu(completion, [reference]).score / 100
+    return metrics
+
+
+def _by_length(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of records, in batches of similar length, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

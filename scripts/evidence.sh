@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The comparison of docs/evidence: SmolLM2-135M-Instruct on a sample of Alpaca, alpha 0, 5 and 15, three seeds each.
+#   scripts/evidence.sh [ALPACA.json] [ALPACA_EVAL.jsonl]      any Alpaca file, and instructions to complete
+# The text of both belongs to others and is not in this repository.
+source "$(dirname "$0")/_environment.sh"
+alpaca=${1:-../shared/data/alpaca_random_9k.json} prompts=${2:-../shared/data/alpaca_eval_805.jsonl}
+for file in "$alpaca" "$prompts"; do
+  [ -f "$file" ] || { echo "scripts/evidence.sh: there is no file $file; give its path." >&2; exit 2; }
+done
+model=$("$python" scripts/fetch_smollm2.py)
+mkdir -p outputs/evidence/data
+"$python" - "$alpaca" "$prompts" <<'PYTHON'
+import json, random, sys
+from pathlib import Path
+
+folder = Path("outputs/evidence/data")
+records = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+random.Random(0).shuffle(records)
+folder.joinpath("train.json").write_text(json.dumps(records[:128]))
+folder.joinpath("test.json").write_text(json.dumps(records[128:178]))
+lines = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
+prompts = [{"instruction": json.loads(line)["instruction"]} for line in random.Random(0).sample(lines, 50)]
+Path("outputs/evidence/prompts.json").write_text(json.dumps(prompts))
+PYTHON
+exec .venv/bin/neftune-hf compare --config configs/evidence.yaml --model_name_or_path "$model" \
+  --alphas 0 5 15 --seeds 0 1 2 --records 50 --max_new_tokens 128 --prompts outputs/evidence/prompts.json "${@:3}"

@@ -1,0 +1,149 @@
+"""`neftune-hf compare` on a tiny model: runs are pairs, are not run twice, and are reported as they came out."""
+
+import inspect
+import json
+import re
+
+import pytest
+
+from neftune_hf.cli import main
+from tests.records import records, write
+
+SETTINGS = """
+dataset_name: {data}
+dataset_test_split: train
+model_name_or_path: {model}
+output_dir: {output}
+max_steps: 6
+learning_rate: 0.01
+packing: true
+max_length: 256
+per_device_train_batch_size: 2
+eval_strategy: {evaluation}
+bf16: false
+use_cpu: true
+report_to: none
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("compare")
+    data = write(folder / "train.json", records("tatsu-lab/alpaca", 24))
+    file = folder / "config.yaml"
+    output = folder / "out"
+    file.write_text(SETTINGS.format(data=data, model=model_folder, output=output, evaluation="epoch"))
+    return file, output
+
+
+def compare(config, *words):
+    file, _ = config
+    return main(["compare", "--config", str(file), "--records", "4", "--max_new_tokens", "4", *words])
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(config):
+    assert compare(config, "--alphas", "0", "5", "500", "--seeds", "0", "1") == 0
+    return config
+
+
+def test_a_large_alpha_is_seen_and_told(compared):
+    results = results_of(compared[1])
+    assert [setting["name"] for setting in results["settings"]] == ["alpha 0", "alpha 5", "alpha 500"]
+    held_out = next(metric for metric in results["metrics"] if metric["key"] == "held_out")
+    assert held_out["differences"]["alpha 500"][0] > 1  # %
+    assert len(results["verdict"]) == 2
+    assert results["settings"][0]["noise_db"] is None
+    db = [setting["noise_db"] for setting in results["settings"][1:]]
+    assert db[1] - db[0] == pytest.approx(40, abs=0.5)  # 100 times the alpha
+
+
+def test_runs_are_pairs(compared, tmp_path):
+    """Another grid's alpha 0 is the same to the last digit, and a seed is another run."""
+    run = {n: json.loads((compared[1] / "runs" / f"alpha-0_seed-{n}.json").read_text()) for n in (0, 1)}
+    assert compare(compared, "--vary", "neftune_noise_alpha=0,1", "--seeds", "0", "--output_dir", str(tmp_path)) == 0
+    again = json.loads((tmp_path / "runs" / "alpha-0_seed-0.json").read_text())
+    assert again["losses"] == run[0]["losses"]
+    assert again["completions"] == run[0]["completions"]
+    assert run[1]["losses"] != run[0]["losses"]
+    small = json.loads((tmp_path / "runs" / "alpha-1_seed-0.json").read_text())
+    assert small["losses"] != again["losses"]
+
+
+def test_finished_runs_are_kept_and_others_are_trained(compared, capsys):
+    runs = compared[1] / "runs"
+    kept, lost = runs / "alpha-0_seed-0.json", runs / "alpha-5_seed-1.json"
+    before, result = kept.stat().st_mtime_ns, json.loads(lost.read_text())
+    lost.unlink()
+    assert compare(compared, "--alphas", "0", "5", "500", "--seeds", "0", "1") == 0
+    assert kept.stat().st_mtime_ns == before
+    assert json.loads(lost.read_text())["losses"] == result["losses"]
+    assert "(1 of 1)" in capsys.readouterr().err
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(compared, capsys):
+    assert compare(compared, "--learning_rate", "0.02", "--seeds", "0") == 2
+    error = capsys.readouterr().err
+    assert re.search(r"`learning_rate` 0\.01, and it is 0\.02 now", error)
+
+
+def test_the_page_stands_alone_and_has_all_of_it(compared):
+    page = (compared[1] / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]+\"", page)
+    assert "@import" not in page
+    assert page.count("<svg") == 6
+    for line in results_of(compared[1])["verdict"]:
+        assert line in page
+        assert line in (compared[1] / "report.md").read_text()
+    assert re.search(r"Say \w+", page.split("Side by side")[1])
+
+
+def test_records_are_held_out_where_there_is_no_test_split(config, tmp_path, capsys):
+    arguments = ["--eval_strategy", "no", "--output_dir", str(tmp_path), "--seeds", "0", "--max_new_tokens", "0"]
+    assert compare(config, *arguments, "--vary", "neftune_length=tokens,width", "--neftune_noise_alpha", "5") == 0
+    results = results_of(tmp_path)
+    assert results["train_records"] == 20
+    assert [setting["name"] for setting in results["settings"]] == ["length tokens", "length width"]
+    assert results["settings"][1]["noise_db"] < results["settings"][0]["noise_db"]  # packed rows
+    assert compare(config, *arguments, "--records", "13") == 2
+    assert "`--records` is 13, to be held out of 24 records" in capsys.readouterr().err
+
+
+def test_the_judge_is_asked_about_pairs(compared, monkeypatch):
+    import alpaca_eval
+
+    signature, asked = inspect.signature(alpaca_eval.evaluate), []
+
+    def judge(*args, **kwargs):
+        asked.append(signature.bind(*args, **kwargs).arguments)
+        return None, [{"preference": 2} for _ in kwargs["model_outputs"]]
+
+    monkeypatch.setattr(alpaca_eval, "evaluate", judge)
+    assert compare(compared, "--alphas", "0", "5", "500", "--seeds", "0", "1", "--judge", "a_name") == 0
+    assert len(asked) == 4
+    assert all(a["annotators_config"] == "a_name" and len(a["reference_outputs"]) == 4 for a in asked)
+    assert {a["model_outputs"][0]["generator"] for a in asked} == {"alpha 5", "alpha 500"}
+    assert results_of(compared[1])["judge"]["alpha 5"] == [100, 100, 100]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--alphas", "5"], "one setting, alpha 5"),
+        (["--alphas", "5", "5"], "given twice"),
+        (["--seeds", "1", "1"], "given twice"),
+        (["--alphas", "0", "-1"], "`neftune_noise_alpha` must be a finite number"),
+        (["--vary", "neftune_lenght=tokens,width"], "Did you mean `neftune_length`"),
+        (["--vary", "neftune_length"], "--vary neftune_length=tokens,width"),
+        (["--records", "1"], "`--records` is 1"),
+        (["--dataset_streaming", "true"], "no streaming"),
+    ],
+)
+def test_bad_input_is_refused_before_any_training(config, tmp_path, capsys, words, message):
+    assert compare(config, "--output_dir", str(tmp_path / "new"), *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,90 @@
+"""Intervals over seeds and records, on simulated experiments whose truth is known."""
+
+import numpy as np
+import pytest
+
+from neftune_hf.intervals import log_ratio, mean_interval, needed
+
+# Standard deviations of the effects of a seed and of a record, and of the rest.
+EFFECTS = {
+    "seeds": (1, 0, 0.1),
+    "records": (0, 1, 1),
+    "both": (0.3, 1, 1),
+    "a little": (0.1, 1, 0.5),
+    "rest": (0, 0, 1),
+}
+
+
+def simulate(truth, effects, seeds=3, records=40, number=0):
+    rng = np.random.default_rng(number)
+    of_seed, of_record, rest = effects
+    table = of_seed * rng.standard_normal((seeds, 1)) + of_record * rng.standard_normal((1, records))
+    return truth + table + rest * rng.standard_normal((seeds, records))
+
+
+def rate(happens, experiments=600):
+    return sum(happens(number) for number in range(experiments)) / experiments
+
+
+@pytest.mark.parametrize("effects", EFFECTS.values(), ids=EFFECTS)
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_intervals_cover_the_truth_at_their_rate(effects, seeds):
+    if seeds == 1:
+        effects = (0, *effects[1:])  # what one seed cannot know, its interval is not of
+
+    def covers(number):
+        interval = mean_interval(simulate(0.3, effects, seeds, number=number))
+        return interval.low <= 0.3 <= interval.high
+
+    assert 0.92 <= rate(covers) <= 1
+
+
+def test_a_sum_of_two_samples_is_covered_too():
+    def covers(number):
+        rng = np.random.default_rng(number)
+        seed = rng.standard_normal((3, 1))  # the same in both, as the loss of a model on two sets of records
+        interval = mean_interval(1 + seed + rng.standard_normal((3, 30)), seed + rng.standard_normal((3, 60)))
+        return interval.low <= 1 <= interval.high
+
+    assert 0.92 <= rate(covers) <= 0.98
+
+
+def test_a_planted_difference_is_found_and_none_is_not():
+    def found(truth):
+        return rate(lambda number: mean_interval(simulate(truth, (0.02, 0.3, 0.3), number=number)).excludes_zero)
+
+    assert found(0.5) > 0.95
+    assert found(0.0) < 0.08
+
+
+def test_a_ratio_of_means_is_that_of_its_table():
+    rng = np.random.default_rng(0)
+    baseline = rng.lognormal(3, 0.5, (3, 50))
+    values = 1.2 * baseline * rng.lognormal(0, 0.1, (3, 50))
+    table = log_ratio(values, baseline)
+    assert np.exp(table.mean()) == pytest.approx(values.mean() / baseline.mean())
+
+    def covers(number):
+        rng = np.random.default_rng(number)
+        baseline = rng.lognormal(3, 0.5, (1, 50)) * rng.lognormal(0, 0.1, (3, 50))
+        values = 1.2 * baseline * rng.lognormal(0, 0.2, (3, 50)) / np.exp(0.02)
+        interval = mean_interval(log_ratio(values, baseline))
+        return interval.low <= np.log(1.2) <= interval.high
+
+    assert rate(covers) >= 0.92  # more where neither seeds nor records have an effect
+
+
+def test_the_number_of_seeds_or_records_that_is_asked_for_is_enough():
+    effects, truth = (0.05, 0.5, 0.5), 0.1
+    table = simulate(truth, effects, seeds=3, records=30, number=2)
+    table += truth - table.mean()
+    assert not mean_interval(table).excludes_zero
+    _, records = needed(table)
+    assert records is not None
+    assert records > 30
+
+    def found(number):
+        return mean_interval(simulate(truth, effects, 3, 4 * records, number)).excludes_zero
+
+    assert rate(found, 200) > 0.5
+    assert needed(np.zeros((1, 5))) == (None, None)
