@@ -22,5 +22,5 @@ lines = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
 prompts = [{"instruction": json.loads(line)["instruction"]} for line in random.Random(0).sample(lines, 50)]
 Path("outputs/evidence/prompts.json").write_text(json.dumps(prompts))
 PYTHON
-exec .venv/bin/neftune-hf compare --config configs/evidence.yaml --model_name_or_path "$model" \
+exec .venv/bin/neftune-hf compare --config scripts/evidence.yaml --model_name_or_path "$model" \
   --alphas 0 5 15 --seeds 0 1 2 --records 50 --max_new_tokens 128 --prompts outputs/evidence/prompts.json "${@:3}"

@@ -23,7 +23,7 @@ says_what_to_install() { { "$python" -I "$@" 2>&1 || true; } | tail -1 | grep 'p
 says_what_to_install -c 'from neftune_hf import NEFTuneSFTTrainer'
 says_what_to_install -m neftune_hf sft
 
-"${install[@]}" "$wheel[trl,peft,quantized]" pytest pytest-xdist scipy hypothesis triton
+"${install[@]}" "$wheel[trl,peft,quantized,compare]" pytest pytest-xdist hypothesis triton
 "$python" -m pip freeze | grep -E "^$bounded=="
 HF_HUB_OFFLINE=1 "$python" -m pytest --numprocesses 2 -m "not slow" \
   tests/test_{config,data,embeddings,examples,hooks,lengths,noise,patch,project,trainer}.py tests/cli/test_{main,sft}.py
