@@ -74,15 +74,15 @@ def log_ratio(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     return math.log(mean / base) + values / mean - baseline / base
 
 
-def needed(table: np.ndarray, confidence: float = 0.95) -> tuple[int | None, int | None]:
-    """How many seeds, or else how many records, would show a difference of the size of the mean of `table`.
+def needed(table: np.ndarray, confidence: float = 0.95) -> list[tuple[int, int]]:
+    """How many seeds and records would show a difference of the size of the mean of `table`.
 
     Args:
         table (`np.ndarray` of shape `(seeds, records)`): Paired differences.
 
     Returns:
-        `tuple[int | None, int | None]`: Seeds at the present number of records, and records at the present number of
-        seeds; None where 1,000 seeds or a million records would not do. With one seed the first is None.
+        `list[tuple[int, int]]`: Numbers of seeds and of records: more seeds, more records, or more of both where
+        neither alone would do. With one seed, records only. Empty where there is no telling, up to a thousandfold.
     """
     table = np.asarray(table, dtype=np.float64)
     seeds, records = table.shape
@@ -90,17 +90,18 @@ def needed(table: np.ndarray, confidence: float = 0.95) -> tuple[int | None, int
     of_record = max(table.mean(axis=0).var(ddof=1) - rest / seeds, 0.0)
     of_seed = max(table.mean(axis=1).var(ddof=1) - rest / records, 0.0) if seeds > 1 else 0.0
 
-    def shows(seeds: int, records: int) -> bool:
-        variance = of_seed / seeds + of_record / records + rest / (seeds * records)
-        freedom = seeds - 1 if of_seed / seeds > of_record / records else records - 1
-        return stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance) < abs(table.mean())
+    def shows(numbers: tuple[int, int]) -> bool:
+        by_seed, by_record = of_seed / numbers[0], of_record / numbers[1]
+        freedom = numbers[0] - 1 if by_seed > by_record else numbers[1] - 1
+        half = stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(by_seed + by_record + rest / math.prod(numbers))
+        return half < abs(table.mean())
 
-    more_seeds = (count for count in range(seeds, 1001) if shows(count, records))
-    more_records = (count for step in range(500) if (count := math.ceil(records * 1.05**step)) <= 10**6)
-    return (
-        next(more_seeds, None) if seeds > 1 else None,
-        next((count for count in more_records if shows(seeds, count)), None),
-    )
+    times = [1.02**step for step in range(350)]
+    more_seeds = [(math.ceil(factor * seeds), records) for factor in times if seeds > 1]
+    more_records = [(seeds, math.ceil(factor * records)) for factor in times]
+    more_of_both = [(math.ceil(factor * seeds), math.ceil(factor * records)) for factor in times if seeds > 1]
+    ways = [way for ways in (more_seeds, more_records) if (way := next(filter(shows, ways), None))]
+    return ways or list(filter(shows, more_of_both))[:1]
 
 
 def _mean_squares(tables: list[np.ndarray]) -> list[tuple[float, int]]:

@@ -150,10 +150,10 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
     elif max(abs(difference.low), abs(difference.high)) < _SMALL:
         parts = [f"no difference of held-out loss beyond {_SMALL:g} % ({said})"]
     else:
-        seeds, records = loss["needed"][name]
-        ways = [f"{seeds} seeds"] if seeds else []
-        ways += [f"{records:,} records"] if records else []
-        remedy = f"; about {' or '.join(ways)} would tell a difference of this size" if ways else ""
+        ways = " or ".join(
+            f"{seeds} seed{'s' * (seeds > 1)} on {records:,} records" for seeds, records in loss["needed"][name]
+        )
+        remedy = f"; about {ways} would tell a difference of this size" if ways else ""
         parts = [f"cannot tell whether held-out loss differs ({said}{remedy})"]
     if "tokens" in by_key:
         length: Interval = by_key["tokens"]["differences"][name]

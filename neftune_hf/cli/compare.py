@@ -161,7 +161,7 @@ class _Grid:
         with tqdm(total=len(todo), smoothing=0, bar_format=shown, disable=not state.is_main_process) as bar:
             for count, number in enumerate(todo, start=1):
                 bar.set_description_str(f"{self.name(number)} ({count} of {len(todo)})")
-                result = self.train(number, lambda share: bar.update(min(share, bar.total - bar.n)))
+                result = self.train(number, lambda share: bar.update(min(share, len(todo) - bar.n)))
                 if state.is_main_process:
                     self.file(number).parent.mkdir(parents=True, exist_ok=True)
                     part = self.file(number).with_suffix(".part")  # a run that is cut off leaves no file

@@ -22,35 +22,70 @@ def run(argv: Sequence[str]) -> None:
     """The embeddings of a model, what rescales them, and the ratio of NEFTune's noise to them."""
     parser = argparse.ArgumentParser(prog="neftune-hf inspect", description=run.__doc__)
     parser.add_argument("model", help="a model's name or folder, or a config of `neftune-hf sft` (.yaml)")
-    parser.add_argument("--length", type=float, default=512, help="L, tokens in a sequence (default: %(default)g)")
+    parser.add_argument(
+        "--length",
+        type=float,
+        help="L, tokens in a sequence (default: the mean over the records of a config's data set, else 512)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    if not 0 < arguments.length < math.inf:
-        raise NEFTuneConfigError(f"`--length` is {arguments.length:g}, and must be positive: tokens in a sequence.")
-    name, config = _settings(arguments.model)
+    length = arguments.length
+    if length is not None and not 0 < length < math.inf:
+        raise NEFTuneConfigError(f"`--length` is {length:g}, and must be positive: tokens in a sequence.")
+    settings, config = _settings(arguments.model)
+    name = settings["model_name_or_path"]
+    if length is None:
+        length = _mean_length(settings) if settings.get("dataset_name") else 512.0
     alphas = (float(config.neftune_noise_alpha),) if config.neftune_noise_alpha else ALPHAS
     given = config.neftune_noise_type, config.neftune_symmetric
-    reports = inspect_model(_model(name), arguments.length, alphas, *given)
+    reports = inspect_model(_model(name), length, alphas, *given)
     print(json.dumps(reports, indent=2) if arguments.json else inspection(reports))
 
 
-def _settings(model: str) -> tuple[str, NEFTuneConfig]:
-    """The model that the command is given, and NEFTune's settings where it is given in a YAML file."""
+def _settings(model: str) -> tuple[dict[str, Any], NEFTuneConfig]:
+    """What a YAML file says, or the model that the command is given alone; and NEFTune's settings."""
     if not model.endswith((".yaml", ".yml")):
-        return model, NEFTuneConfig()
+        return {"model_name_or_path": model}, NEFTuneConfig()
     import yaml
 
     try:
         with open(model, encoding="utf-8") as file:
             settings = yaml.safe_load(file)
-        name = settings["model_name_or_path"]
+        settings["model_name_or_path"]
     except OSError as error:
         raise NEFTuneConfigError(f"`model`: {model} cannot be read: {error.strerror}.") from error
     except (ValueError, yaml.YAMLError) as error:
         raise NEFTuneConfigError(f"`model` {model} is not YAML: {' '.join(str(error).split())}") from error
     except (KeyError, TypeError) as error:
         raise NEFTuneConfigError(f"`model` {model} has no `model_name_or_path`; add it, or name a model.") from error
-    return name, NEFTuneConfig(**{field: settings[field] for field in FIELDS if field in settings})
+    return settings, NEFTuneConfig(**{field: settings[field] for field in FIELDS if field in settings})
+
+
+def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
+    """Mean number of tokens of the data's first records: the L whose noise has the mean power over all their tokens.
+
+    A sequence of L tokens has L * alpha**2 / (3 * L * d) of it, whatever L is.
+    """
+    from transformers import AutoTokenizer
+
+    from ..data import load_instructions, to_prompt_completion
+
+    name = settings["dataset_name"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
+    except (OSError, ValueError) as error:
+        raise NEFTuneConfigError(
+            f"`model` is {settings['model_name_or_path']}, and no tokenizer is found there, to count the tokens of "
+            f"{name}: {first_line(error)} Give --length."
+        ) from error
+    data = load_instructions(name, settings.get("dataset_config"))[settings.get("dataset_train_split", "train")]
+    records = to_prompt_completion(data.select(range(min(sample, len(data)))), name, bool(tokenizer.chat_template))
+    chat = bool(tokenizer.chat_template) and "prompt" in records.column_names
+    wholes = records["text"] if "text" in records.column_names else [r["prompt"] + r["completion"] for r in records]
+    texts = tokenizer.apply_chat_template(wholes, tokenize=False) if chat else list(wholes)
+    longest = settings.get("max_length", 1024) or math.inf  # TRL's default
+    ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    return sum(min(len(row), longest) for row in ids) / len(ids)
 
 
 def _model(name: str) -> nn.Module:

@@ -13,6 +13,7 @@ from neftune_hf.noise import noise_rms
 
 from ..conftest import D, leftovers, tiny_llama
 from ..model_types import build
+from ..records import write
 from ..shrunken import shrunken_config
 
 
@@ -94,6 +95,21 @@ def test_a_yaml_file_gives_its_alpha_and_noise_type(model_folder, tmp_path, caps
     file.write_text(file.read_text() + "neftune_symmetric: true\n")
     assert cli.main(["inspect", str(file)]) == 0
     assert "symmetric pairs e + s and e - s, two passes a step\n  alpha 7" in capsys.readouterr().out
+
+
+def test_the_length_is_that_of_the_data(model_folder, tmp_path, capsys):
+    data = write(tmp_path / "train.json", [{"instruction": "ab", "output": "c" * n} for n in (1, 7, 400)])
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model_name_or_path: {model_folder}\ndataset_name: {data}\nmax_length: 100\n")
+    assert cli.main(["inspect", str(file), "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    whole = len("user: ab\nassistant: ") + 1 + len("\n")  # and the end of sequence
+    assert report["length"] == pytest.approx((whole + 1 + whole + 7 + 100) / 3)
+    assert cli.main(["inspect", str(file), "--json", "--length", "33"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["length"] == 33
+    file.write_text(f"model_name_or_path: {model_folder}\ndataset_name: absent.json\n")
+    assert cli.main(["inspect", str(file)]) == 2
+    assert "there is no file absent.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("noise_type", ["uniform", "gaussian", "bernoulli"])
