@@ -3,11 +3,16 @@
 import inspect
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from neftune_hf.cli import main
-from tests.records import records, write
+
+from ..conftest import ROOT, byte_tokenizer, tiny_llama
+from ..records import records, write
+from ..test_accelerate_configs import environment
 
 SETTINGS = """
 dataset_name: {data}
@@ -147,3 +152,41 @@ def test_bad_input_is_refused_before_any_training(config, tmp_path, capsys, word
     assert compare(config, "--output_dir", str(tmp_path / "new"), *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(compared, tmp_path):
+    """Half the batch on each: the same runs, up to the order in which gradients are summed."""
+    file, _ = compared
+    words = ["--config", str(file), "--records", "4", "--max_new_tokens", "4", "--output_dir", str(tmp_path)]
+    model = tmp_path / "without_dropout"  # which is drawn by each process for its rows
+    tiny_llama(attention_dropout=0.0).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    words += [
+        "--model_name_or_path",
+        str(model),
+        "--alphas",
+        "0",
+        "500",
+        "--seeds",
+        "0",
+        "--per_device_train_batch_size",
+        "1",
+        "--packing",
+        "false",
+    ]
+    launched = ["--accelerate_config", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
+    result = subprocess.run(
+        [sys.executable, "-m", "neftune_hf", "compare", *words, *launched],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Report: ") == 1
+    alone = tmp_path / "alone"
+    twice = [*words[:-4], "--per_device_train_batch_size", "2", "--packing", "false", "--output_dir", str(alone)]
+    assert main(["compare", *twice]) == 0
+    for name in ("alpha-0_seed-0", "alpha-500_seed-0"):
+        both = [json.loads((folder / "runs" / f"{name}.json").read_text()) for folder in (tmp_path, alone)]
+        for key in ("held_out", "training"):
+            assert both[0]["losses"][key] == pytest.approx(both[1]["losses"][key], rel=1e-3)
+        assert [len(run["completions"]["held_out"]) for run in both] == [4, 4]
