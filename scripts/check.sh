@@ -15,6 +15,9 @@ rm -rf dist
 "$python" -m twine check --strict dist/*
 .venv/bin/check-wheel-contents --package neftune_hf dist/*.whl
 
+title "README's first minute"
+scripts/first_minute.sh dist/*.whl
+
 title "The docs"
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
