@@ -203,7 +203,7 @@ def noise_table() -> str:
 
 def noise_by_layout():
     """How far each record's noise is from the paper's, at alpha 5."""
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.7))
+    figure, axes = pyplot.subplots(figsize=(4.8, 3.7))
     y = 0.0
     for layout in LAYOUTS:
         name = layout.replace("packed,", f"packed in rows of {ROW:,},")
@@ -238,7 +238,7 @@ def packed_row():
     rows = [row for row in pack_dataset(data, ROW)["seq_lengths"] if 4 <= len(row) <= 7 and min(row) >= 45]
     row = max(rows, key=np.std)
     ends = np.cumsum([0, *row])
-    figure, (top, axes) = pyplot.subplots(2, sharex=True, figsize=(5.6, 3.5), height_ratios=(1, 4))
+    figure, (top, axes) = pyplot.subplots(2, sharex=True, figsize=(4.8, 3.5), height_ratios=(1, 4))
     for number, (start, length) in enumerate(zip(ends, row, strict=False)):
         hatch = None if number % 2 else "////"
         top.barh(0, length, left=start, height=1, facecolor="none", edgecolor=MUTED, hatch=hatch)
@@ -314,7 +314,7 @@ def life_of_the_hooks():
         "neftune_hf": (recorded_run(None, [NEFTuneCallback(neftune_noise_alpha=ALPHA)]), OURS, None),
     }
     names = [name for name, _ in runs["built-in"][0]]
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.1))
+    figure, axes = pyplot.subplots(figsize=(4.8, 3.1))
     for row, (name, (seen, colour, hatch)) in enumerate(runs.items()):
         assert [what for what, _ in seen] == names
         axes.text(0, row - 0.5, f"{name}: hook on the embedding", color=INK, va="center", weight="bold")
@@ -333,7 +333,7 @@ def life_of_the_hooks():
 def noise_to_embedding():
     """Alpha 5 in decibels of a model's embeddings, over L."""
     models = json.loads(MEASURED.read_text())["models"]
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.9))
+    figure, axes = pyplot.subplots(figsize=(4.8, 3.9))
     lengths = np.geomspace(16, 4096, 50)
     gemma = models["gemma-3-270m"]
     lines = [
@@ -370,7 +370,7 @@ def benchmark():
     rows = re.findall(rf"^\| (\d) \| (\w+) \| {cell} \| {cell} \|$", page, re.MULTILINE)
     if len(rows) != 4:
         sys.exit("docs/benchmark.md: the table of the hook alone was not found")
-    figure, axes = pyplot.subplots(figsize=(5.6, 3.4))
+    figure, axes = pyplot.subplots(figsize=(4.8, 3.4))
     for number, (_, _, *numbers) in enumerate(rows):
         values = [float(value) for value in numbers]
         for offset, (median, low, high), colour, marker in (
@@ -384,10 +384,7 @@ def benchmark():
     axes.set(xlim=(0, 6.2), ylim=(3.6, -1), yticks=range(4))
     axes.set_yticklabels([f"{threads} thread{'s' * (threads != '1')},\n{dtype}" for threads, dtype, *_ in rows])
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(
-        "time of the built-in over time of this library, 2 CPU cores\n"
-        "(above 1 this library is faster; median and range of four shapes)"
-    )
+    axes.set_xlabel("built-in's time over this library's, 2 CPU cores\n(above 1: faster; median and range of 4 shapes)")
     keys = [
         pyplot.Line2D([], [], color=BUILTIN, marker="o", label="default allocator"),
         pyplot.Line2D([], [], color=OURS, marker="s", label="freed blocks kept"),
