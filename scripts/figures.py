@@ -314,7 +314,7 @@ def life_of_the_hooks():
         "neftune_hf": (recorded_run(None, [NEFTuneCallback(neftune_noise_alpha=ALPHA)]), OURS, None),
     }
     names = [name for name, _ in runs["built-in"][0]]
-    figure, axes = pyplot.subplots(figsize=(4.8, 3.1))
+    figure, axes = pyplot.subplots(figsize=(4.8, 2.7))
     for row, (name, (seen, colour, hatch)) in enumerate(runs.items()):
         assert [what for what, _ in seen] == names
         axes.text(0, row - 0.5, f"{name}: hook on the embedding", color=INK, va="center", weight="bold")
@@ -325,7 +325,7 @@ def life_of_the_hooks():
                 axes.text(column + 0.5, row, "off", color=MUTED, ha="center", va="center", size=9)
     for column, name in enumerate(names):
         axes.text(column + 0.5, 1.42, name, color=INK, ha="right", va="top", rotation=40, rotation_mode="anchor")
-    axes.set(xlim=(0, len(names)), ylim=(3.0, -0.8), xticks=[], yticks=[])
+    axes.set(xlim=(0, len(names)), ylim=(2.3, -0.8), xticks=[], yticks=[])
     plain(axes)
     return figure
 
