@@ -340,7 +340,7 @@ def noise_to_embedding():
         ("SmolLM2-135M", models["SmolLM2-135M-Instruct"], 1.0, OURS, "-", (18, -22), "left"),
         ("gemma-3-270m, noise before\nits multiplier", gemma, 1.0, THIRD, ":", (4096, -10), "right"),
         (
-            "gemma-3-270m, noise after its\nmultiplier: what one gets",
+            "gemma-3-270m, noise after its\nmultiplier, as it is here",
             gemma,
             gemma["d"] ** 0.5,
             BUILTIN,
