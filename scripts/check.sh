@@ -19,6 +19,7 @@ title "README's first minute"
 scripts/first_minute.sh dist/*.whl
 
 title "The docs"
+"$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 title "The quickstart, cut to a few steps"
