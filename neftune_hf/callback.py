@@ -46,7 +46,8 @@ class NEFTuneCallback(TrainerCallback):
     An exception inside a step leaves the hooks on until the next Trainer's run on the model, with NEFTune or without,
     or until [`detach`] is called; [`NEFTuneTrainerMixin`] does that by itself.
 
-    Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`.
+    Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`: 10 * log10 of the noise's power over the
+    embeddings', measured on a sample of the real tokens since the last log.
 
     Args:
         **fields: The fields of [`NEFTuneConfig`].

@@ -19,6 +19,9 @@ CHOICES = {
 class NEFTuneConfig:
     """Settings of one run. Every field has the same name in Python, in YAML and on the command line.
 
+    The noise is alpha / sqrt(L * d) * u ([Jain et al. 2023](https://arxiv.org/abs/2310.05914)), with L the tokens of a
+    sequence, d the embedding dimension, and u a random number of variance 1/3 for each element.
+
     Args:
         neftune_noise_alpha (`float`, *optional*):
             The paper's alpha (it used 5, 10 and 15). `None` or 0 is off.

@@ -19,12 +19,22 @@ class EmbeddingSite:
     """One place where token ids become embeddings.
 
     Attributes:
-        path: Name of the module in the model, as in `named_modules()`.
-        module: The module whose output is the embedding: the one the model calls, adapters included.
-        embedding_dim: d, the width of its output.
-        is_decoder: Whether it is the decoder's side of an encoder-decoder.
-        placeholders: Token ids whose embeddings are overwritten by image, video or audio features.
-        pad_token_id: What pads the ids, by the model's config.
+        path (`str`): Name of the module in the model, as in `named_modules()`.
+        module (`torch.nn.Module`): The module whose output is the embedding: the one the model calls, adapters
+            included.
+        embedding_dim (`int`): d, the width of its output.
+        is_decoder (`bool`): Whether it is the decoder's side of an encoder-decoder.
+        placeholders (`tuple[int, ...]`): Token ids whose embeddings are overwritten by image, video or audio features.
+        pad_token_id (`int`, *optional*): What pads the ids, by the model's config.
+
+    Example:
+
+    ```python
+    >>> from neftune_hf import find_input_embeddings
+    >>> site = find_input_embeddings(model)[0]
+    >>> site.path, site.embedding_dim
+    ('model.embed_tokens', 32)
+    ```
     """
 
     path: str

@@ -2,7 +2,19 @@
 
 
 class NEFTuneError(ValueError):
-    """Base of every error that this library raises on purpose; catching it catches them all."""
+    """Base of every error that this library raises on purpose; catching it catches them all.
+
+    Example:
+
+    ```python
+    >>> from neftune_hf import NEFTuneConfig, NEFTuneError
+    >>> try:
+    ...     NEFTuneConfig(neftune_noise_alpha=-1)
+    ... except NEFTuneError as error:
+    ...     print(type(error).__name__)
+    NEFTuneConfigError
+    ```
+    """
 
 
 class NEFTuneConfigError(NEFTuneError):

@@ -24,7 +24,8 @@ _attached: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()
 def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields) -> "NEFTuneHandle":
     """Put NEFTune's noise on `model`'s token embeddings until the returned handle is removed.
 
-    While attached, an embedding in training mode with gradients enabled returns e + alpha / sqrt(L * d) * u; in
+    While attached, an embedding in training mode with gradients enabled returns e + alpha / sqrt(L * d) * u, with L the
+    tokens of the sequence and d the embedding dimension ([Jain et al. 2023](https://arxiv.org/abs/2310.05914)); in
     evaluation mode or under `torch.no_grad()` it returns e. Copies and pickles of the model are clean. The step, on
     which the noise depends, advances whenever a torch optimizer that holds parameters of `model` has stepped.
 
@@ -74,6 +75,19 @@ class NEFTuneHandle:
         sites (`list[EmbeddingSite]`): The embeddings that get noise; empty when alpha is None or 0, and in a stage of
             a pipeline that is handed embeddings by the one before it.
         step (`int`): The optimisation step, from 0.
+        alpha (`float`): Alpha of this step, after the schedule.
+
+    Example:
+
+    ```python
+    >>> from neftune_hf import attach
+    >>> handle = attach(model, neftune_noise_alpha=5, neftune_seed=42)
+    >>> model(**batches[0]).loss.backward()
+    >>> optimizer.step()
+    >>> handle.step, handle.noised_forwards
+    (1, {'model.embed_tokens': 1})
+    >>> handle.remove()
+    ```
     """
 
     def __init__(self, model: nn.Module, config: NEFTuneConfig, follows_optimizer: bool = True):
@@ -173,7 +187,7 @@ class NEFTuneHandle:
 
     @property
     def noise_to_embedding_db(self) -> float | None:
-        """10 * log10 of the noise's power over the embeddings'.
+        """10 * log10 of the noise's power over the embeddings', in decibels.
 
         Over 32 evenly spread tokens of each of this process's batches since the last reset, without padding; None if
         there were none.
@@ -181,7 +195,7 @@ class NEFTuneHandle:
         return decibels(self.power())
 
     def power(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The summed powers of noise and embeddings behind `noise_to_embedding_db`, (2,)."""
+        """The summed squares of noise and embeddings behind `noise_to_embedding_db`: float32 of shape (2,)."""
         return sum((e.power.to(device) for e in self._state.embeddings), torch.zeros(2, device=device))
 
     def reset_power(self) -> None:

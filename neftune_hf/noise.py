@@ -182,7 +182,7 @@ def add_noise(
     key: torch.Tensor | int,
     neftune_noise_type: str = "uniform",
 ) -> torch.Tensor:
-    """NEFTune on a batch of embeddings: e' = e + alpha / sqrt(L * d) * u.
+    """NEFTune on a batch of embeddings: e' = e + alpha / sqrt(L * d) * u (Jain et al. 2023, arXiv 2310.05914).
 
     Scale, u and sum are computed in float32 (the sum in float64 where `embeddings` are) and rounded once. The noise is
     a constant: the gradient passes unchanged. This is the readable reference that every faster path equals.

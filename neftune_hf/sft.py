@@ -14,6 +14,10 @@ from .trainer import NEFTuneTrainerMixin
 class NEFTuneSFTConfig(SFTConfig):
     """TRL's `SFTConfig` with the fields of [`NEFTuneConfig`]; `neftune_noise_alpha` is transformers' own key.
 
+    Args:
+        *args, **kwargs: Those of `SFTConfig`.
+        neftune_noise_type, neftune_length, neftune_schedule, neftune_seed, neftune_symmetric: As in [`NEFTuneConfig`].
+
     Raises:
         NEFTuneConfigError: A setting is out of range.
 
@@ -48,6 +52,14 @@ class NEFTuneSFTConfig(SFTConfig):
 
 class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with NEFTune; see [`NEFTuneTrainerMixin`].
+
+    Args:
+        *args, **kwargs: Those of `SFTTrainer`. Fields of [`NEFTuneConfig`] may be given as keywords too.
+
+    Raises:
+        NEFTuneConfigError: A setting is out of range, or is given twice with different values.
+        NEFTuneError: `neftune_symmetric` is True and the optimizer steps inside of backward.
+        EmbeddingNotFoundError: The model has no token embeddings.
 
     Example:
 

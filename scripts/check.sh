@@ -15,8 +15,15 @@ rm -rf dist
 "$python" -m twine check --strict dist/*
 .venv/bin/check-wheel-contents --package neftune_hf dist/*.whl
 
+title "README's first minute"
+scripts/first_minute.sh dist/*.whl
+
+title "The docs"
+"$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 title "The quickstart, cut to a few steps"
-scripts/quickstart.sh --max_steps 3 --eval_strategy "no" --eval_on_start false
+scripts/quickstart.sh --max_steps 3 --records 4 --max_new_tokens 8 --output_dir outputs/check
 
 title "README's test command, and the slow tests"
 scripts/test.sh

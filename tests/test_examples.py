@@ -1,24 +1,41 @@
-"""Every Python example of the docstrings, README and docs runs, on a tiny model in place of those on the hub."""
+"""Every Python example of the docstrings, README and docs runs, on a tiny model in place of those on the hub.
+
+Of their commands and YAML the names are checked: files, commands, options and fields.
+"""
 
 import doctest
 import re
+import shlex
+import subprocess
 import textwrap
+from importlib.util import find_spec
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DPOTrainer
 
 import neftune_hf
+from neftune_hf import cli
+from neftune_hf.cli import sft
 
 from .conftest import ROOT, byte_tokenizer, tiny_llama, token_dataset
 
-FILES = [*sorted((ROOT / "neftune_hf").rglob("*.py")), ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = {
-    f"{file.relative_to(ROOT)}:{text.count(chr(10), 0, block.start()) + 2}": textwrap.dedent(block[1])
-    for file, text in ((file, file.read_text(encoding="utf-8")) for file in FILES)
-    for block in re.finditer(r"(?ms)^ *```python\n(.*?)^ *```$", text)
-}
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FILES = [*sorted((ROOT / "neftune_hf").rglob("*.py")), *PAGES]
+
+
+def blocks(language: str) -> dict[str, str]:
+    """The code blocks of a language, by file and line."""
+    return {
+        f"{file.relative_to(ROOT)}:{text.count(chr(10), 0, block.start()) + 2}": textwrap.dedent(block[1])
+        for file, text in ((file, file.read_text(encoding="utf-8")) for file in FILES)
+        for block in re.finditer(rf"(?ms)^ *```{language}\n(.*?)^ *```$", text)
+    }
+
+
+EXAMPLES, COMMANDS, SETTINGS = blocks("python"), blocks("bash"), blocks("yaml")
 
 
 @pytest.fixture
@@ -26,7 +43,7 @@ def names(tmp_path, monkeypatch) -> dict:
     """What examples take for granted. Their folders and models of the hub are looked for in the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for folder in ("facebook/opt-350m", "outputs/quickstart"):
+    for folder in ("facebook/opt-350m", "HuggingFaceTB/SmolLM2-135M-Instruct", "outputs/quickstart"):
         tiny_llama().save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).train()
@@ -45,6 +62,8 @@ def names(tmp_path, monkeypatch) -> dict:
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example(example, names):
     code = EXAMPLES[example]
+    if "from lightning.fabric" in code:
+        pytest.importorskip("lightning")
     try:
         if ">>>" in code:
             test = doctest.DocTestParser().get_doctest(code, names, example, example, 0)
@@ -53,3 +72,40 @@ def test_example(example, names):
             exec(code, names)
     finally:
         neftune_hf.patch_transformers()()
+
+
+@pytest.mark.parametrize("example", COMMANDS)
+def test_command(example, names, capsys):
+    code = COMMANDS[example]
+    assert subprocess.run(["bash", "-n"], input=code, text=True).returncode == 0
+    lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    for words in filter(None, lines):
+        for file in (word for word in words if re.match(r"(configs|scripts|tests)/", word)):
+            assert (ROOT / file).exists(), file
+        if words[:2] == ["pip", "install"]:
+            extras = re.findall(r"\[(.*)\]", " ".join(words))
+            project = (ROOT / "pyproject.toml").read_text()
+            assert all(f"\n{extra} = [" in project for extra in ",".join(extras).split(",") if extra)
+        if words[0] == "neftune-hf":
+            check_command(words[1], words[2:], capsys)
+
+
+def check_command(name: str, words: list[str], capsys) -> None:
+    if name == "sft":
+        sft._parse(words, sft._check_files(words))
+        return
+    assert name in cli._COMMANDS
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    known = set(re.findall(r"-[-\w]+", capsys.readouterr().out))
+    assert {word for word in words if word.startswith("-")} <= known
+
+
+@pytest.mark.parametrize("example", SETTINGS)
+def test_settings(example, names, tmp_path):
+    settings = yaml.safe_load(SETTINGS[example])
+    for plugin in settings.pop("plugins", ()):
+        assert find_spec(plugin.rpartition(".")[0])
+    (tmp_path / "mine.jsonl").touch()
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    check_command("sft", ["--config", "settings.yaml"], None)

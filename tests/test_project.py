@@ -1,4 +1,4 @@
-"""What an import loads, the public names, and the tests that README names."""
+"""What an import loads, the public names, and what README says and links."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ def test_import_is_light_and_the_test_can_see_what_is_not():
 def test_public_names():
     assert sorted(neftune_hf.__all__) == neftune_hf.__all__
     for name in neftune_hf.__all__:
-        assert getattr(neftune_hf, name).__doc__.strip()
+        assert "```python" in getattr(neftune_hf, name).__doc__, name  # an example, which test_examples runs
         assert name in dir(neftune_hf)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = neftune_hf.nothing
@@ -38,3 +38,19 @@ def test_readme_names_tests_that_exist():
     assert len(named) >= 8
     for module, test in named:
         assert f"def {test}(" in (ROOT / "tests" / f"{module}.py").read_text(), f"{module}.{test}"
+
+
+def test_readme_is_short_shows_before_it_tells_and_links_what_is_there():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) < 120
+    assert "](docs/figures/noise_by_layout.svg)" in "".join(readme.splitlines(keepends=True)[:12])
+    linked = re.findall(r"\]\((?!https:)([^)#]+)", readme)
+    assert len(linked) > 20
+    for file in linked:
+        assert (ROOT / file).is_file(), file
+
+
+def test_every_public_name_is_on_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name in neftune_hf.__all__:
+        assert f"::: neftune_hf.{name}\n" in page or name in page.partition("members:")[2], name

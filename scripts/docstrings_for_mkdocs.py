@@ -1,0 +1,32 @@
+"""For mkdocstrings, which reads Google's docstrings: those in Hugging Face's style, as Google's.
+
+[`name`] becomes a link, and `name (`type`, *optional*, defaults to `x`):` becomes `name (type):`.
+"""
+
+import re
+
+import griffe
+
+import neftune_hf
+
+PLACES = {name: f"neftune_hf.{name}" for name in neftune_hf.__all__} | {
+    "sequence_layout": "neftune_hf.lengths.sequence_layout",
+    "noise_key": "neftune_hf.noise.noise_key",
+}
+
+
+class HuggingFaceDocstrings(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = as_googles(obj.docstring.value)
+
+
+def as_googles(docstring: str) -> str:
+    text = re.sub(r"(?m)^( +[\w*, ]+) \(\[?`(.+?)`\]?(?:, \*optional\*|, defaults to `.*`)?\):", r"\1 (\2):", docstring)
+    text = re.sub(r"(?m)^( +)\[?`([^`]+)`\]?: ", r"\1\2: ", text)  # under Returns
+    return re.sub(r"\[`(\w+)`\]", _link, text)
+
+
+def _link(match: re.Match) -> str:
+    place = PLACES.get(match[1])
+    return f"[`{match[1]}`][{place}]" if place else f"`{match[1]}`"
