@@ -161,13 +161,15 @@ def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
 
 def _placeholders(config: Any) -> tuple[int, ...]:
     """Ids that stand for features of another modality, by the names that transformers' configs give them."""
-    ids = [getattr(config, name, None) for name in _PLACEHOLDER_KEYS]
+    end = ["audio_eos_token_id"] if hasattr(config, "codebook_eos_token_id") else []  # CSM: an audio token too
+    ids = [getattr(config, name, None) for name in _PLACEHOLDER_KEYS + end]
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 
 def _ask(text_model: Any) -> nn.Module | None:
     try:
-        embedding = text_model.get_input_embeddings()
+        embedding = getattr(text_model, "embed_text_tokens", None)  # CSM, which names the one of its audio codes
+        embedding = text_model.get_input_embeddings() if embedding is None else embedding
     except (AttributeError, NotImplementedError):  # a side that is a plain module, a speech encoder, no such model
         embedding = getattr(text_model, "embed_tokens", None)
     # Perceiver's are a bare parameter, MusicGen's a list with one for each codebook.
