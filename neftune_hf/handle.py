@@ -183,7 +183,9 @@ class NEFTuneHandle:
 
     def power(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The summed powers of noise and embeddings behind `noise_to_embedding_db`, (2,)."""
-        return sum((e.power.to(device) for e in self._state.embeddings), torch.zeros(2, device=device))
+        return sum(
+            (e.power.to(device) for e in self._state.embeddings), torch.zeros(2, dtype=torch.float32, device=device)
+        )
 
     def reset_power(self) -> None:
         """Begin `noise_to_embedding_db` anew."""

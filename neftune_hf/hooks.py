@@ -33,37 +33,37 @@ class EmbeddingState:
 
     Attributes:
         alpha, key: 0-d float32 and int64, for the present step. Alpha is below zero in the second pass of a pair.
-        negated: The same for eager code, which must not read alpha back from a device.
+        number, negated: Key and sign once more, for eager code, which must not read them back from a device.
         power: (2,) float32, the summed powers of noise and embeddings over a sample of tokens, since the last reset.
         noised: Forward passes in this step that were noised, by eager code and without recomputations.
         noised_compiled: 0-d int64. The same by compiled code, which cannot count in Python without compiling anew.
         ran_clean: Whether a pass in this step was not to be noised: in eval mode, or without gradients.
-        calls: Arguments of this step's noised passes by their ids, for a checkpoint that recomputes the embedding
-            alone; None for ids that were passed with different ones. Weak: they live as long as the ids.
+        calls: Number and arguments of the last noised pass of these ids, for a checkpoint that recomputes the embedding
+            alone; None for ids that were passed with different ones in a step. Weak: they live as long as the ids.
         shapes: Shapes of the ids of this step's noised passes.
     """
 
     def __init__(self, site: EmbeddingSite):
         self.site = site
-        self.alpha = torch.zeros(())
-        self.negated = False
-        self.key = torch.zeros((), dtype=torch.int64)
-        self.power = torch.zeros(2)
-        self.noised_compiled = torch.zeros((), dtype=torch.int64)
+        self.alpha = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        self.key = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.number, self.negated = 0, False
+        self.power = torch.zeros(2, dtype=torch.float32, device="cpu")
+        self.noised_compiled = torch.zeros_like(self.key)
         self.noised = 0
-        self._earlier, self._earlier_compiled = 0, torch.zeros((), dtype=torch.int64)
+        self._earlier, self._earlier_compiled = 0, torch.zeros_like(self.key)
         self.ran_clean = False
         self.calls = WeakIdKeyDictionary()
         self.shapes: set[torch.Size] = set()
 
     def begin_step(self, key: int) -> None:
         self.key.fill_(key)
+        self.number = key % 2**60
         self._earlier += self.noised
         self._earlier_compiled.add_(self.noised_compiled)
         self.noised = 0
         self.noised_compiled.zero_()
         self.ran_clean = False
-        self.calls.clear()
         self.shapes.clear()
 
     def to(self, device: torch.device) -> None:
@@ -71,6 +71,11 @@ class EmbeddingState:
         if self.key.device != device:
             for name in ("alpha", "key", "power", "noised_compiled", "_earlier_compiled"):
                 setattr(self, name, getattr(self, name).to(device))
+
+    @property
+    def mark(self) -> tuple[int, ...]:
+        """Shape of an empty tensor that tells key and sign."""
+        return 0, self.number, 1 + self.negated
 
     @property
     def total(self) -> int:
@@ -192,8 +197,8 @@ class NoiseHook:
             tensor if tensor.device == output.device else tensor.to(output.device)
             for tensor in (embedding.alpha, embedding.key, embedding.power)
         )
-        negated = not compiling and embedding.negated  # in this order: compiled code must not depend on it
-        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, negated, part)
+        mark = () if compiling else embedding.mark  # compiled code must not depend on it
+        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, mark, part)
 
     def arguments(self, ids: torch.Tensor) -> CallArguments:
         site, split, columns = self.embedding.site, self.state.split, None
@@ -217,17 +222,20 @@ class NoiseHook:
             embedding.to(device)
         embedding.noised += 1
         embedding.shapes.add(ids.shape)
-        call, earlier = self.arguments(ids), embedding.calls.get(ids, _UNSEEN)
-        embedding.calls[ids] = call if earlier is _UNSEEN or _are_same(call, earlier) else None
+        call = self.arguments(ids)
+        number, earlier = embedding.calls.get(ids, (None, None))
+        is_known = number != embedding.number or _are_same(call, earlier)
+        embedding.calls[ids] = embedding.number, call if is_known else None
         return call
 
     def arguments_of_recomputation(self, ids: torch.Tensor) -> CallArguments:
         """Inside backward: a checkpoint repeats a pass, and has to get the noise that the first pass had."""
         embedding = self.embedding
-        if ids.shape in embedding.shapes:
+        number, call = embedding.calls.get(ids, (embedding.number, None))
+        if ids.shape in embedding.shapes and number == embedding.number:
             if any(number in self.state.running for number in self.parents):
                 return self.arguments(ids)
-            if (call := embedding.calls.get(ids)) is not None:  # of the embedding alone
+            if call is not None:  # of the embedding alone
                 return call
             if not self.parents:
                 return self.arguments(ids)
@@ -284,7 +292,6 @@ def _are_same(call: CallArguments, other: CallArguments | None) -> bool:
     )
 
 
-_UNSEEN: Any = object()
 _nothing: Callable[..., None] = contextlib.nullcontext().__exit__  # what a hook is in a copy of the module
 
 

@@ -244,6 +244,26 @@ def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
         assert handle.noise_to_embedding_db is None
 
 
+def test_torchs_default_dtype_and_device_are_not_the_noises():
+    model = tiny_llama().train()
+    given = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9)}
+
+    def noised():
+        with torch.device("meta"):
+            handle = attach(model, neftune_noise_alpha=4.9951, neftune_seed=1)
+        with handle:
+            return embed(model, **given), handle.noise_to_embedding_db
+
+    expected, ratio = noised()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found, same_ratio = noised()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert ratio == same_ratio
+
+
 def test_schedule_needs_the_number_of_steps_once():
     with attach(tiny_llama(), neftune_noise_alpha=8, neftune_schedule="linear") as handle:
         with pytest.raises(NEFTuneError, match="`max_steps` is missing"):
