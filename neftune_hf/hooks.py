@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import sys
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,7 +93,7 @@ class ModelState:
     """What the hooks of one handle share.
 
     Attributes:
-        running: The layout arguments of each parent module's running forward, by its number.
+        running: The layout arguments of each parent module's running forward, by its thread and number.
         outer: Numbers of the parents that are whole encoder-decoders: their `attention_mask` is the encoder's.
         ran: Whether a parent ran in training mode, with gradients, since the step began.
         embeddings: One state for each embedding.
@@ -100,7 +101,7 @@ class ModelState:
     """
 
     def __init__(self, sites: list[EmbeddingSite]):
-        self.running: dict[int, dict[str, Any]] = {}
+        self.running: dict[tuple[int, int], dict[str, Any]] = {}
         self.outer: set[int] = set()
         self.ran = False
         self.embeddings = [EmbeddingState(site) for site in sites]
@@ -141,13 +142,14 @@ class RecordedForward:
 
     def __call__(self, *args, **kwargs):
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        self.state.running[self.number] = {name: given[name] for name in _RECORDED if given.get(name) is not None}
+        place = _thread(), self.number
+        self.state.running[place] = {name: given[name] for name in _RECORDED if given.get(name) is not None}
         if self.module.training and torch.is_grad_enabled():
             self.state.ran = True
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
-            self.state.running.pop(self.number, None)
+            self.state.running.pop(place, None)
 
     def __deepcopy__(self, memo):
         return copy.deepcopy(self.replaced or types.MethodType(type(self.module).forward, self.module), memo)
@@ -233,7 +235,7 @@ class NoiseHook:
         embedding = self.embedding
         number, call = embedding.calls.get(ids, (embedding.number, None))
         if ids.shape in embedding.shapes and number == embedding.number:
-            if any(number in self.state.running for number in self.parents):
+            if self.running():
                 return self.arguments(ids)
             if call is not None:  # of the embedding alone
                 return call
@@ -246,16 +248,21 @@ class NoiseHook:
             "before `step()`)."
         )
 
+    def running(self) -> dict[int, dict[str, Any]]:
+        """The layout arguments of the parents that run in this thread, by their numbers, innermost first."""
+        thread, running = _thread(), self.state.running
+        return {number: running[thread, number] for number in self.parents if (thread, number) in running}
+
     def given(self) -> dict[str, Any]:
         """The layout arguments of the module that calls the embedding; of one further out where it has none."""
-        running = [(number, self.state.running[number]) for number in self.parents if number in self.state.running]
+        running = self.running()
         if not self.embedding.site.is_decoder:
-            told = [given for _, given in running]
+            told = list(running.values())
             return next(
                 (given for given in told if any(name in given for name in LAYOUT_ARGUMENTS)), told[0] if told else {}
             )
         merged: dict[str, Any] = {}
-        for number, given in reversed(running):
+        for number, given in reversed(running.items()):
             if number in self.state.outer:
                 decoders = {name.removeprefix("decoder_"): given[name] for name in given if name.startswith("decoder_")}
                 given = decoders | {name: given[name] for name in ("labels",) if name in given}
@@ -277,6 +284,10 @@ class NoiseHook:
                     "no noise. Pass `use_reentrant=False` to `torch.utils.checkpoint.checkpoint`."
                 )
             frame = frame.f_back
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _are_same(call: CallArguments, other: CallArguments | None) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import threading
 
 import pytest
 import torch
@@ -203,6 +204,25 @@ def test_an_interrupted_forward_leaves_no_stale_lengths():
         noise = embed(model, input_ids=ids, attention_mask=torch.ones_like(ids)) - model.model.embed_tokens.weight[ids]
         assert noise.flatten(1).norm(dim=1).mean().item() == pytest.approx(ALPHA / math.sqrt(3), rel=0.1)
         assert handle.noised_forwards == {"model.embed_tokens": 2}
+
+
+def test_two_threads_that_run_one_model_have_their_own_lengths():
+    model, both_run = tiny_llama().train(), threading.Barrier(2)
+    ids = torch.randint(3, VOCAB, (1, 6))
+    masks = [torch.ones(1, 6), torch.tensor([[1, 1, 0, 0, 0, 0]])]
+    found = {}
+    with attach(model, neftune_noise_alpha=5):
+        expected = [embed(model, input_ids=ids, attention_mask=mask) for mask in masks]
+        embedding = model.model.embed_tokens
+        embedding.register_forward_pre_hook(lambda *call: both_run.wait(timeout=60) < 0 or None)
+        embedding.register_forward_hook(lambda *call: found.update({threading.current_thread(): call[2].detach()}))
+        threads = [threading.Thread(target=model, args=(ids, mask)) for mask in masks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for thread, noised in zip(threads, expected, strict=True):
+        assert torch.equal(found[thread], noised)
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
