@@ -213,9 +213,16 @@ def test_two_threads_that_run_one_model_have_their_own_lengths():
     found = {}
     with attach(model, neftune_noise_alpha=5):
         expected = [embed(model, input_ids=ids, attention_mask=mask) for mask in masks]
-        embedding = model.model.embed_tokens
-        embedding.register_forward_pre_hook(lambda *call: both_run.wait(timeout=60) < 0 or None)
-        embedding.register_forward_hook(lambda *call: found.update({threading.current_thread(): call[2].detach()}))
+
+        def wait(*call):
+            both_run.wait(timeout=60)
+
+        def keep(module, args, output):
+            found[threading.current_thread()] = output.detach()
+            wait()  # neither forward has ended before both have embedded
+
+        model.model.embed_tokens.register_forward_pre_hook(wait)
+        model.model.embed_tokens.register_forward_hook(keep)
         threads = [threading.Thread(target=model, args=(ids, mask)) for mask in masks]
         for thread in threads:
             thread.start()
