@@ -25,6 +25,7 @@ class EmbeddingSite:
         is_decoder: Whether it is the decoder's side of an encoder-decoder.
         placeholders: Token ids whose embeddings are overwritten by image, video or audio features.
         pad_token_id: What pads the ids, by the model's config.
+        pad_is_eos: Whether it is what ends a sequence, too.
     """
 
     path: str
@@ -33,6 +34,7 @@ class EmbeddingSite:
     is_decoder: bool = False
     placeholders: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    pad_is_eos: bool = False
 
     def __str__(self) -> str:
         return f"{self.path} ({type(self.module).__name__}, d={self.embedding_dim})"
@@ -80,8 +82,9 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     for text_model, (is_decoder, config) in asked.items():
         for embedding in _embeddings_that_run(text_model):
             if (table := _table(embedding)) is not None:
-                pad = getattr(config, "pad_token_id", None)
-                found[embedding] = _width(table), is_decoder, _placeholders(config), pad
+                pad, eos = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+                is_eos = pad is not None and pad in (eos if isinstance(eos, list) else [eos])
+                found[embedding] = _width(table), is_decoder, _placeholders(config), pad, is_eos
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(

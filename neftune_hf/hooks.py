@@ -214,7 +214,7 @@ class NoiseHook:
             )
         if split is not None and (compiling or split.is_active()):
             given, ids, columns = whole_call(split, given, ids, site)
-        call = arguments_of_call(given, ids, site.placeholders, site.pad_token_id, site.is_decoder)
+        call = arguments_of_call(given, ids, site.placeholders, site.pad_token_id, site.is_decoder, site.pad_is_eos)
         return call if columns is None else replace(call, own_columns=columns)
 
     def arguments_of_first_pass(self, module: nn.Module, ids: torch.Tensor, device: torch.device) -> CallArguments:

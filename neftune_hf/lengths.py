@@ -189,6 +189,7 @@ def arguments_of_call(
     placeholders: tuple[int, ...] = (),
     pad_token_id: int | None = None,
     is_decoder: bool = False,
+    pad_is_eos: bool = False,
 ) -> CallArguments:
     """What the module that calls the embedding was `given`, brought to the shape of the `ids` that are looked up.
 
@@ -201,6 +202,7 @@ def arguments_of_call(
         placeholders: Ids whose embeddings image, video or audio features overwrite.
         pad_token_id: What pads ids that come without a mask of their own.
         is_decoder: Whether these are a decoder's inputs, the labels shifted right.
+        pad_is_eos: Whether `pad_token_id` also ends a sequence.
     """
     mask, positions, cu_seqlens = (given.get(name) for name in LAYOUT_ARGUMENTS)
     input_ids, labels = given.get("input_ids"), given.get("labels")
@@ -231,7 +233,8 @@ def arguments_of_call(
         call, known = replace(call, labels=labels), True
     elif not known and is_decoder and pad_token_id is not None:
         # The label of a position is the input of the next one. Of the last, all that is known is whether it is padded.
-        labels = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+        # Where the end of a sequence looks like padding, it is the label of the last position that does not.
+        labels = ids if pad_is_eos else torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
         call, known = replace(call, labels=labels, ignored_label=pad_token_id), True
     elif not known and is_other and pad_token_id is not None:
         call, known = replace(call, token_mask=ids != pad_token_id), True

@@ -198,6 +198,9 @@ def test_a_decoder_without_a_mask_has_the_lengths_of_its_labels(labels):
     assert lengths_of_call(given, inputs, is_decoder=True, pad_token_id=0).tolist() == expected
     del given["labels"]
     assert lengths_of_call(given, inputs, is_decoder=True, pad_token_id=0).tolist() == expected
+    of_whisper = inputs.masked_fill(inputs == 1, 0)  # what pads also ends
+    found = lengths_of_call({"input_ids": of_whisper}, of_whisper, is_decoder=True, pad_token_id=0, pad_is_eos=True)
+    assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("given", [{}, {"attention_mask": {"full": 1}}, {"position_ids": torch.zeros(3, 2, 4)}])
