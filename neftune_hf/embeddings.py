@@ -26,6 +26,7 @@ class EmbeddingSite:
         is_decoder (`bool`): Whether it is the decoder's side of an encoder-decoder.
         placeholders (`tuple[int, ...]`): Token ids whose embeddings are overwritten by image, video or audio features.
         pad_token_id (`int`, *optional*): What pads the ids, by the model's config.
+        pad_is_eos (`bool`): Whether that id also ends a sequence.
 
     Example:
 
@@ -43,6 +44,7 @@ class EmbeddingSite:
     is_decoder: bool = False
     placeholders: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    pad_is_eos: bool = False
 
     def __str__(self) -> str:
         return f"{self.path} ({type(self.module).__name__}, d={self.embedding_dim})"
@@ -90,8 +92,9 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     for text_model, (is_decoder, config) in asked.items():
         for embedding in _embeddings_that_run(text_model):
             if (table := _table(embedding)) is not None:
-                pad = getattr(config, "pad_token_id", None)
-                found[embedding] = _width(table), is_decoder, _placeholders(config), pad
+                pad, eos = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+                is_eos = pad is not None and pad in (eos if isinstance(eos, list) else [eos])
+                found[embedding] = _width(table), is_decoder, _placeholders(config), pad, is_eos
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(
@@ -171,13 +174,15 @@ def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
 
 def _placeholders(config: Any) -> tuple[int, ...]:
     """Ids that stand for features of another modality, by the names that transformers' configs give them."""
-    ids = [getattr(config, name, None) for name in _PLACEHOLDER_KEYS]
+    end = ["audio_eos_token_id"] if hasattr(config, "codebook_eos_token_id") else []  # CSM: an audio token too
+    ids = [getattr(config, name, None) for name in _PLACEHOLDER_KEYS + end]
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 
 def _ask(text_model: Any) -> nn.Module | None:
     try:
-        embedding = text_model.get_input_embeddings()
+        embedding = getattr(text_model, "embed_text_tokens", None)  # CSM, which names the one of its audio codes
+        embedding = text_model.get_input_embeddings() if embedding is None else embedding
     except (AttributeError, NotImplementedError):  # a side that is a plain module, a speech encoder, no such model
         embedding = getattr(text_model, "embed_tokens", None)
     # Perceiver's are a bare parameter, MusicGen's a list with one for each codebook.

@@ -1,6 +1,7 @@
 """NEFTune on one model: on and off, step by step."""
 
 import contextlib
+import functools
 import itertools
 import math
 import weakref
@@ -196,7 +197,9 @@ class NEFTuneHandle:
 
     def power(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The summed squares of noise and embeddings behind `noise_to_embedding_db`: float32 of shape (2,)."""
-        return sum((e.power.to(device) for e in self._state.embeddings), torch.zeros(2, device=device))
+        return sum(
+            (e.power.to(device) for e in self._state.embeddings), torch.zeros(2, dtype=torch.float32, device=device)
+        )
 
     def reset_power(self) -> None:
         """Begin `noise_to_embedding_db` anew."""
@@ -251,9 +254,8 @@ class NEFTuneHandle:
         for site, hook in zip(self.sites, self._hooks, strict=True):
             remove_copied_hooks(site.module)
             self._removables.append(site.module.register_forward_hook(hook, with_kwargs=True))
-        if self.sites and self._follows_optimizer:
-            self._removables.append(_follow_optimizer(self))
         if self.sites:
+            _follow_optimizers()
             _attached.add(self)
 
     def remove(self) -> None:
@@ -294,11 +296,13 @@ def attached_handle(model: nn.Module) -> NEFTuneHandle | None:
     return next((hook.handle for hook in hooks if isinstance(hook, NoiseHook)), None)
 
 
-def _follow_optimizer(handle: NEFTuneHandle):
-    reference = weakref.ref(handle)  # torch keeps the hook for ever, and must not keep the model
+@functools.cache
+def _follow_optimizers() -> None:
+    """One hook for all handles, on every optimizer's step, once in a process: a handle that is gone leaves none."""
 
     def after_step(optimizer, args, kwargs):
-        if (handle := reference()) is not None:
-            handle._after_optimizer_step(optimizer)
+        for handle in list(_attached):
+            if handle._follows_optimizer:
+                handle._after_optimizer_step(optimizer)
 
-    return register_optimizer_step_post_hook(after_step)
+    register_optimizer_step_post_hook(after_step)

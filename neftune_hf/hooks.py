@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import sys
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,37 +34,37 @@ class EmbeddingState:
 
     Attributes:
         alpha, key: 0-d float32 and int64, for the present step. Alpha is below zero in the second pass of a pair.
-        negated: The same for eager code, which must not read alpha back from a device.
+        number, negated: Key and sign once more, for eager code, which must not read them back from a device.
         power: (2,) float32, the summed powers of noise and embeddings over a sample of tokens, since the last reset.
         noised: Forward passes in this step that were noised, by eager code and without recomputations.
         noised_compiled: 0-d int64. The same by compiled code, which cannot count in Python without compiling anew.
         ran_clean: Whether a pass in this step was not to be noised: in eval mode, or without gradients.
-        calls: Arguments of this step's noised passes by their ids, for a checkpoint that recomputes the embedding
-            alone; None for ids that were passed with different ones. Weak: they live as long as the ids.
+        calls: Number and arguments of the last noised pass of these ids, for a checkpoint that recomputes the embedding
+            alone; None for ids that were passed with different ones in a step. Weak: they live as long as the ids.
         shapes: Shapes of the ids of this step's noised passes.
     """
 
     def __init__(self, site: EmbeddingSite):
         self.site = site
-        self.alpha = torch.zeros(())
-        self.negated = False
-        self.key = torch.zeros((), dtype=torch.int64)
-        self.power = torch.zeros(2)
-        self.noised_compiled = torch.zeros((), dtype=torch.int64)
+        self.alpha = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        self.key = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.number, self.negated = 0, False
+        self.power = torch.zeros(2, dtype=torch.float32, device="cpu")
+        self.noised_compiled = torch.zeros_like(self.key)
         self.noised = 0
-        self._earlier, self._earlier_compiled = 0, torch.zeros((), dtype=torch.int64)
+        self._earlier, self._earlier_compiled = 0, torch.zeros_like(self.key)
         self.ran_clean = False
         self.calls = WeakIdKeyDictionary()
         self.shapes: set[torch.Size] = set()
 
     def begin_step(self, key: int) -> None:
         self.key.fill_(key)
+        self.number = key % 2**60
         self._earlier += self.noised
         self._earlier_compiled.add_(self.noised_compiled)
         self.noised = 0
         self.noised_compiled.zero_()
         self.ran_clean = False
-        self.calls.clear()
         self.shapes.clear()
 
     def to(self, device: torch.device) -> None:
@@ -71,6 +72,11 @@ class EmbeddingState:
         if self.key.device != device:
             for name in ("alpha", "key", "power", "noised_compiled", "_earlier_compiled"):
                 setattr(self, name, getattr(self, name).to(device))
+
+    @property
+    def mark(self) -> tuple[int, ...]:
+        """Shape of an empty tensor that tells key and sign."""
+        return 0, self.number, 1 + self.negated
 
     @property
     def total(self) -> int:
@@ -87,7 +93,7 @@ class ModelState:
     """What the hooks of one handle share.
 
     Attributes:
-        running: The layout arguments of each parent module's running forward, by its number.
+        running: The layout arguments of each parent module's running forward, by its thread and number.
         outer: Numbers of the parents that are whole encoder-decoders: their `attention_mask` is the encoder's.
         ran: Whether a parent ran in training mode, with gradients, since the step began.
         embeddings: One state for each embedding.
@@ -95,7 +101,7 @@ class ModelState:
     """
 
     def __init__(self, sites: list[EmbeddingSite]):
-        self.running: dict[int, dict[str, Any]] = {}
+        self.running: dict[tuple[int, int], dict[str, Any]] = {}
         self.outer: set[int] = set()
         self.ran = False
         self.embeddings = [EmbeddingState(site) for site in sites]
@@ -136,13 +142,14 @@ class RecordedForward:
 
     def __call__(self, *args, **kwargs):
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        self.state.running[self.number] = {name: given[name] for name in _RECORDED if given.get(name) is not None}
+        place = _thread(), self.number
+        self.state.running[place] = {name: given[name] for name in _RECORDED if given.get(name) is not None}
         if self.module.training and torch.is_grad_enabled():
             self.state.ran = True
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
-            self.state.running.pop(self.number, None)
+            self.state.running.pop(place, None)
 
     def __deepcopy__(self, memo):
         return copy.deepcopy(self.replaced or types.MethodType(type(self.module).forward, self.module), memo)
@@ -192,8 +199,8 @@ class NoiseHook:
             tensor if tensor.device == output.device else tensor.to(output.device)
             for tensor in (embedding.alpha, embedding.key, embedding.power)
         )
-        negated = not compiling and embedding.negated  # in this order: compiled code must not depend on it
-        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, negated, part)
+        mark = () if compiling else embedding.mark  # compiled code must not depend on it
+        return add_noise_to_call(output, call, alpha, key, self.noise_type, power, self.by_width, mark, part)
 
     def arguments(self, ids: torch.Tensor) -> CallArguments:
         site, split, columns = self.embedding.site, self.state.split, None
@@ -207,7 +214,7 @@ class NoiseHook:
             )
         if split is not None and (compiling or split.is_active()):
             given, ids, columns = whole_call(split, given, ids, site)
-        call = arguments_of_call(given, ids, site.placeholders, site.pad_token_id, site.is_decoder)
+        call = arguments_of_call(given, ids, site.placeholders, site.pad_token_id, site.is_decoder, site.pad_is_eos)
         return call if columns is None else replace(call, own_columns=columns)
 
     def arguments_of_first_pass(self, module: nn.Module, ids: torch.Tensor, device: torch.device) -> CallArguments:
@@ -217,17 +224,20 @@ class NoiseHook:
             embedding.to(device)
         embedding.noised += 1
         embedding.shapes.add(ids.shape)
-        call, earlier = self.arguments(ids), embedding.calls.get(ids, _UNSEEN)
-        embedding.calls[ids] = call if earlier is _UNSEEN or _are_same(call, earlier) else None
+        call = self.arguments(ids)
+        number, earlier = embedding.calls.get(ids, (None, None))
+        is_known = number != embedding.number or _are_same(call, earlier)
+        embedding.calls[ids] = embedding.number, call if is_known else None
         return call
 
     def arguments_of_recomputation(self, ids: torch.Tensor) -> CallArguments:
         """Inside backward: a checkpoint repeats a pass, and has to get the noise that the first pass had."""
         embedding = self.embedding
-        if ids.shape in embedding.shapes:
-            if any(number in self.state.running for number in self.parents):
+        number, call = embedding.calls.get(ids, (embedding.number, None))
+        if ids.shape in embedding.shapes and number == embedding.number:
+            if self.running():
                 return self.arguments(ids)
-            if (call := embedding.calls.get(ids)) is not None:  # of the embedding alone
+            if call is not None:  # of the embedding alone
                 return call
             if not self.parents:
                 return self.arguments(ids)
@@ -238,16 +248,21 @@ class NoiseHook:
             "before `step()`)."
         )
 
+    def running(self) -> dict[int, dict[str, Any]]:
+        """The layout arguments of the parents that run in this thread, by their numbers, innermost first."""
+        thread, running = _thread(), self.state.running
+        return {number: running[thread, number] for number in self.parents if (thread, number) in running}
+
     def given(self) -> dict[str, Any]:
         """The layout arguments of the module that calls the embedding; of one further out where it has none."""
-        running = [(number, self.state.running[number]) for number in self.parents if number in self.state.running]
+        running = self.running()
         if not self.embedding.site.is_decoder:
-            told = [given for _, given in running]
+            told = list(running.values())
             return next(
                 (given for given in told if any(name in given for name in LAYOUT_ARGUMENTS)), told[0] if told else {}
             )
         merged: dict[str, Any] = {}
-        for number, given in reversed(running):
+        for number, given in reversed(running.items()):
             if number in self.state.outer:
                 decoders = {name.removeprefix("decoder_"): given[name] for name in given if name.startswith("decoder_")}
                 given = decoders | {name: given[name] for name in ("labels",) if name in given}
@@ -271,6 +286,10 @@ class NoiseHook:
             frame = frame.f_back
 
 
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 def _are_same(call: CallArguments, other: CallArguments | None) -> bool:
     """Whether both have the same tensors; their values are not compared, which would wait for the device."""
     if other is None:
@@ -284,7 +303,6 @@ def _are_same(call: CallArguments, other: CallArguments | None) -> bool:
     )
 
 
-_UNSEEN: Any = object()
 _nothing: Callable[..., None] = contextlib.nullcontext().__exit__  # what a hook is in a copy of the module
 
 

@@ -85,9 +85,9 @@ def sequence_layout(
 ) -> SequenceLayout:
     """Each token's sequence, from the arguments that transformers' models and TRL's collators know.
 
-    A row is one sequence unless something says that it holds several, one after the other: `cu_seq_lens_q`; else
-    `position_ids` that do not rise from one real token to the next; else an `attention_mask` that numbers the
-    documents, or in whose 4-dimensional form neither of two neighbouring tokens may attend to the other.
+    A row is one sequence unless something says that it holds several, one after the other: `cu_seq_lens_q`; or else
+    `position_ids` that do not rise from one token to the next, or an `attention_mask` that numbers the documents, or in
+    whose 4-dimensional form neither of two neighbouring tokens may attend to the other.
     `attention_mask` also says what is padding, and so does the end of `cu_seq_lens_q`.
     There is no data-dependent shape and no synchronisation with the device.
 
@@ -139,41 +139,42 @@ def _layout_of_whole(call: CallArguments) -> SequenceLayout:
         return SequenceLayout(*(ids.new_zeros(ids.shape, dtype=torch.int64) for _ in range(3)))
     column = torch.arange(width, device=ids.device)
 
-    real = torch.ones(batch, width, dtype=torch.bool, device=ids.device)
+    is_padding = torch.zeros(batch, width, dtype=torch.bool, device=ids.device)
     if mask is not None:
         kept = mask == 0 if mask.dim() == 3 and mask.is_floating_point() else mask != 0
-        real = real & (kept if mask.dim() == 2 else kept.diagonal(dim1=-2, dim2=-1))
+        is_padding = is_padding | ~(kept if mask.dim() == 2 else kept.diagonal(dim1=-2, dim2=-1))
     if call.labels is not None:
         last = torch.where(call.labels != call.ignored_label, column, -1).amax(dim=1, keepdim=True)
-        real = real & (column <= last)
-    if call.token_mask is not None:
-        real = real & call.token_mask
+        is_padding = is_padding | (column > last)
     if call.cu_seqlens is not None:
         place = torch.arange(batch * width, device=ids.device).view(batch, width)
         document = torch.searchsorted(call.cu_seqlens.to(place), place, right=True)
-        real = real & (document < len(call.cu_seqlens))  # what is after the last document is padding
+        is_padding = is_padding | (document == len(call.cu_seqlens))  # what is after the last document
 
-    # Each token is compared with the real token before it, if there is one in its row.
-    seen = torch.where(real, column, -1).cummax(dim=1).values
+    # Each position is compared with the one before it that is not padding, if there is one in its row. It may hold a
+    # feature of an image: a document can begin with one.
+    seen = torch.where(is_padding, -1, column).cummax(dim=1).values
     before = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
     begins = before < 0
     before = before.clamp(min=0)
     if call.cu_seqlens is not None:
         begins = begins | (document != document.gather(1, before))
-    elif call.position_ids is not None:
-        positions = call.position_ids.to(ids.device).expand(batch, width)
-        begins = begins | (positions <= positions.gather(1, before))
-    elif mask is not None and mask.dim() == 2:
-        begins = begins | (mask != mask.gather(1, before))
-    elif mask is not None:
-        either = kept | kept.mT
-        begins = begins | ~either.expand(batch, width, width).gather(2, before.unsqueeze(-1)).squeeze(-1)
-    begins = begins & real
+    else:
+        if call.position_ids is not None:
+            positions = call.position_ids.to(ids.device).expand(batch, width)
+            begins = begins | (positions <= positions.gather(1, before))
+        if mask is not None and mask.dim() == 2:
+            begins = begins | (mask != mask.gather(1, before))
+        elif mask is not None:
+            either = kept | kept.mT
+            begins = begins | ~either.expand(batch, width, width).gather(2, before.unsqueeze(-1)).squeeze(-1)
+    begins = begins & ~is_padding
+    real = ~is_padding if call.token_mask is None else ~is_padding & call.token_mask
 
-    # A sequence is named after the place of its first token in the flattened batch.
+    # A sequence is named after the place where it begins in the flattened batch.
     first = torch.where(begins, column, 0).cummax(dim=1).values
-    count = real.cumsum(dim=1)
-    positions = fusion_barrier((count - count.gather(1, first)) * real)
+    earlier = real.cumsum(dim=1) - real.long()
+    positions = fusion_barrier((earlier - earlier.gather(1, first)) * real)
     sequence = (first + torch.arange(batch, device=ids.device).unsqueeze(1) * width).flatten()
     totals = torch.zeros(2, batch * width, dtype=torch.int64, device=ids.device)
     addends = torch.stack([real.long(), token_hash(ids.long(), positions) * real]).view(2, -1)
@@ -188,6 +189,7 @@ def arguments_of_call(
     placeholders: tuple[int, ...] = (),
     pad_token_id: int | None = None,
     is_decoder: bool = False,
+    pad_is_eos: bool = False,
 ) -> CallArguments:
     """What the module that calls the embedding was `given`, brought to the shape of the `ids` that are looked up.
 
@@ -200,6 +202,7 @@ def arguments_of_call(
         placeholders: Ids whose embeddings image, video or audio features overwrite.
         pad_token_id: What pads ids that come without a mask of their own.
         is_decoder: Whether these are a decoder's inputs, the labels shifted right.
+        pad_is_eos: Whether `pad_token_id` also ends a sequence.
     """
     mask, positions, cu_seqlens = (given.get(name) for name in LAYOUT_ARGUMENTS)
     input_ids, labels = given.get("input_ids"), given.get("labels")
@@ -230,7 +233,8 @@ def arguments_of_call(
         call, known = replace(call, labels=labels), True
     elif not known and is_decoder and pad_token_id is not None:
         # The label of a position is the input of the next one. Of the last, all that is known is whether it is padded.
-        labels = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+        # Where the end of a sequence looks like padding, it is the label of the last position that does not.
+        labels = ids if pad_is_eos else torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
         call, known = replace(call, labels=labels, ignored_label=pad_token_id), True
     elif not known and is_other and pad_token_id is not None:
         call, known = replace(call, token_mask=ids != pad_token_id), True

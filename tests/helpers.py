@@ -145,6 +145,11 @@ CALLS = {
         {"attention_mask": torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]])},
         _runs(0, 2, 3) + _runs(1, 1, 1, 2),
     ),
+    "a mask that numbers documents, rising positions": (
+        _ids(1, 6),
+        {"attention_mask": torch.tensor([[1, 1, 2, 2, 2, 0]]), "position_ids": torch.arange(6)[None]},
+        _runs(0, 2, 3),
+    ),
     "packed": (_ids(1, 9), {"position_ids": torch.tensor([[*range(4), *range(4), 0]])}, _runs(0, 4, 4, 1)),
     "packed, one row of positions": (_ids(2, 5), {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, [
         *_runs(0, 3, 2), *_runs(1, 3, 2)
@@ -170,6 +175,11 @@ CALLS = {
         _runs(0, 2, 1),
     ),
     "4-dimensional": (_ids(1, 7), {"attention_mask": _square(3, 4)}, _runs(0, 3, 4)),
+    "4-dimensional, rising positions": (
+        _ids(1, 7),
+        {"attention_mask": _square(3, 4), "position_ids": torch.arange(7)[None]},
+        _runs(0, 3, 4),
+    ),
     "4-dimensional for a batch": (
         _ids(3, 7),
         {"attention_mask": _square(3, 4)},

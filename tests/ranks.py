@@ -12,7 +12,6 @@ import types
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -326,6 +325,25 @@ def context_parallel(kind):
     accelerator_on_cpu()
 
 
+@scenario("right; 8", "packed; 10")
+def compiled_context_parallel(kind):
+    name, width = kind.split("; ")
+    inputs = split_call(name, int(width), distributed.get_rank() // 2)
+    expected, _ = noised(EmbedsCall().train(), **{key: value.clone() for key, value in inputs.items()})
+    accelerator = accelerator_on_cpu(cp_size=2, dp_shard_size=distributed.get_world_size() // 2)
+    model = EmbedsCall().train()
+    accelerator._prepare_cp(model)
+    buffers = list(inputs.values())
+    with accelerator.maybe_context_parallel(
+        buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
+    ):
+        found, _ = noised(torch.compile(model, backend="aot_eager"), **inputs)
+    rank = accelerator.state.device_mesh["cp"].get_local_rank()
+    columns = {8: [[0, 1, 6, 7], [2, 3, 4, 5]], 10: [range(5), range(5, 10)]}
+    torch.testing.assert_close(found, expected[:, list(columns[int(width)][rank])], rtol=0, atol=1e-6)
+    accelerator_on_cpu()
+
+
 @scenario()
 def context_parallel_without_accelerate_is_refused():
     from torch.distributed.tensor.experimental import context_parallel
@@ -389,9 +407,12 @@ def ulysses(kind):
         _get_sequence_parallel_world_size=lambda: size,
         _get_sequence_parallel_group=lambda: group,
     )
-    with mock.patch.dict(sys.modules, {"deepspeed.utils.groups": stand_in}):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "deepspeed.utils.groups", stand_in)
         sliced = {key: value.chunk(size, dim=1)[rank] for key, value in inputs.items()}
         found, _ = noised(EmbedsCall().train(), **sliced)
+        model = torch.compile(EmbedsCall().train(), backend="aot_eager")
+        torch.testing.assert_close(noised(model, **sliced)[0], found, rtol=0, atol=1e-6)
     parts = [torch.empty_like(found) for _ in range(size)]
     distributed.all_gather(parts, found, group=group)
     assert_same_bits(torch.cat(parts, dim=1), expected)

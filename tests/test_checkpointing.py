@@ -228,6 +228,27 @@ def test_a_backward_after_the_step_has_advanced_is_an_error():
         model(**GIVEN).loss.backward()  # nothing is broken by it
 
 
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_backward_after_a_whole_step_of_another_batch_is_an_error(derived):
+    """The noise of the first batch is not that of the present step, though ids of its shape have been noised in it."""
+    model = model_of()
+    of_another = GIVEN | {"input_ids": IDS + 1}
+
+    def loss_of(given):
+        if derived:  # the model makes the ids that it looks up of those that the checkpoint keeps
+            given = given | {"input_ids": given["input_ids"].clone()}
+        return model(**given).loss
+
+    with attach(model, neftune_noise_alpha=5) as handle:
+        late = checkpoint(lambda: loss_of(GIVEN), use_reentrant=False)
+        handle.set_step(1)
+        loss_of(of_another).backward()
+        error = CheckpointError if derived else NEFTuneError
+        with pytest.raises(error, match="different metadata" if derived else "optimizer stepped between"):
+            late.backward()
+        checkpoint(lambda: loss_of(GIVEN), use_reentrant=False).backward()  # nothing is broken by it
+
+
 def test_a_handle_that_is_removed_before_a_checkpointed_backward_is_an_error():
     """torch compares what the two passes save, and the noise saves its key."""
     model = model_of()

@@ -6,7 +6,9 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 
-from neftune_hf import attach
+from neftune_hf import add_noise, attach
+from neftune_hf.lengths import sequence_layout
+from neftune_hf.noise import noise_key
 
 from .conftest import VOCAB, tiny_llama
 from .shrunken import shrunken_config
@@ -81,3 +83,36 @@ def test_composite_model_is_noised_on_its_text_side():
     assert noise[0, 2:].std().item() == pytest.approx(5 / (3 * 4 * 16) ** 0.5, rel=0.25)
     assert torch.equal(noise[1, 3:], torch.zeros(3, 16))
     assert noise[1, :3].std().item() == pytest.approx(5 / (3 * 3 * 16) ** 0.5, rel=0.25)
+
+
+def test_a_model_that_names_the_table_of_its_audio_codes_is_noised_on_its_text():
+    small = WIDE | {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    config = transformers.CsmConfig(
+        num_codebooks=4, vocab_size=70, text_vocab_size=96, pad_token_id=1, codebook_eos_token_id=3, audio_token_id=6,
+        audio_eos_token_id=7, **small,
+        depth_decoder_config={"num_codebooks": 4, "backbone_hidden_size": 16, "vocab_size": 70, **small},
+        codec_config={
+            "model_type": "mimi", "hidden_size": 32, "num_filters": 8, "num_residual_layers": 1, "codebook_size": 64,
+            "upsampling_ratios": [8, 4], "vector_quantization_hidden_dimension": 64, "upsample_groups": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 4,
+            "codebook_dim": 64, "num_quantizers": 4,
+        },
+    )  # fmt: skip
+    model = transformers.CsmForConditionalGeneration(config).train()
+    ids = torch.randint(8, 96, (2, 17))
+    ids[:, 6:16], ids[:, 16], ids[0, :2] = 6, 7, 1  # text, ten frames of audio, their end
+    given = {
+        "input_ids": ids,
+        "attention_mask": (ids != 1).long(),
+        "labels": torch.where(ids == 6, 6, -100),
+        "input_values": torch.randn(2, 1, 640),
+        "input_values_cutoffs": torch.tensor([[640], [640]]),
+    }
+    outputs = []
+    with attach(model, neftune_noise_alpha=5, neftune_seed=4):
+        model.embed_text_tokens.register_forward_hook(lambda *call: outputs.append(call[2].detach().clone()))
+        model(**given).loss.backward()
+    layout = sequence_layout(ids, given["attention_mask"], token_mask=(ids != 6) & (ids != 7))
+    assert layout.lengths[:, 5].tolist() == [4, 6]
+    clean = nn.functional.embedding(ids, model.embed_text_tokens.weight)
+    assert torch.equal(outputs[0], add_noise(clean, layout, 5.0, noise_key(4)))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import threading
 
 import pytest
 import torch
@@ -205,6 +206,32 @@ def test_an_interrupted_forward_leaves_no_stale_lengths():
         assert handle.noised_forwards == {"model.embed_tokens": 2}
 
 
+def test_two_threads_that_run_one_model_have_their_own_lengths():
+    model, both_run = tiny_llama().train(), threading.Barrier(2)
+    ids = torch.randint(3, VOCAB, (1, 6))
+    masks = [torch.ones(1, 6), torch.tensor([[1, 1, 0, 0, 0, 0]])]
+    found = {}
+    with attach(model, neftune_noise_alpha=5):
+        expected = [embed(model, input_ids=ids, attention_mask=mask) for mask in masks]
+
+        def wait(*call):
+            both_run.wait(timeout=60)
+
+        def keep(module, args, output):
+            found[threading.current_thread()] = output.detach()
+            wait()  # neither forward has ended before both have embedded
+
+        model.model.embed_tokens.register_forward_pre_hook(wait)
+        model.model.embed_tokens.register_forward_hook(keep)
+        threads = [threading.Thread(target=model, args=(ids, mask)) for mask in masks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for thread, noised in zip(threads, expected, strict=True):
+        assert torch.equal(found[thread], noised)
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_an_embedding_that_is_called_alone_has_no_other_calls_mask(interrupted):
     model, ids = tiny_llama().train(), torch.randint(3, VOCAB, (2, 8))
@@ -242,6 +269,26 @@ def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
         assert handle.noise_to_embedding_db == pytest.approx(10 * math.log10(ratio), abs=0.5)
         handle.reset_power()
         assert handle.noise_to_embedding_db is None
+
+
+def test_torchs_default_dtype_and_device_are_not_the_noises():
+    model = tiny_llama().train()
+    given = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9)}
+
+    def noised():
+        with torch.device("meta"):
+            handle = attach(model, neftune_noise_alpha=4.9951, neftune_seed=1)
+        with handle:
+            return embed(model, **given), handle.noise_to_embedding_db
+
+    expected, ratio = noised()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found, same_ratio = noised()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert ratio == same_ratio
 
 
 def test_schedule_needs_the_number_of_steps_once():

@@ -170,7 +170,9 @@ def test_triton_has_the_layout_of_labels_and_placeholders(block, monkeypatch):
     monkeypatch.setattr(triton_kernels, "BLOCK", block)
     ids = torch.randint(3, 300, (2, 6))
     labels = torch.tensor([[5, -100, 6, 7, -100, -100], [1] * 6])
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     calls = [
+        arguments_of_call(packed, ids, placeholders=(int(ids[0, 3]), int(ids[1, 2]))),
         arguments_of_call({"labels": labels}, ids, is_decoder=True),
         arguments_of_call({"attention_mask": torch.ones(2, 6)}, ids, placeholders=(int(ids[0, 1]), int(ids[1, 4]))),
     ]

@@ -9,7 +9,7 @@ from neftune_hf import sequence_lengths
 from neftune_hf.errors import NEFTuneWarning
 from neftune_hf.lengths import arguments_of_call, layout_of_call, sequence_layout
 
-from .helpers import CALLS, expected_layout
+from .helpers import CALLS, _square, expected_layout
 
 
 def lengths_of_call(given, ids, **about_the_site):
@@ -143,6 +143,23 @@ def test_places_that_features_overwrite_do_not_count(given, replaced):
     assert found.tolist() == [[0, 0, 3, 3, 3, 0]]
 
 
+@pytest.mark.parametrize(
+    ("ids", "given", "documents"),
+    [
+        ([5, 6, 9, 9, 8, 4], {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])}, [[0, 1], [4, 5]]),
+        ([9, 5, 9, 9, 6], {"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, [[1], [4]]),
+        ([5, 9, 9, 9, 6], {"attention_mask": _square(5, window=2)}, [[0, 4]]),
+        ([5, 9, 6], {"cu_seq_lens_q": torch.tensor([0, 1, 3])}, [[0], [2]]),
+        ([5, 9, 6], {"attention_mask": torch.tensor([[1, 2, 2]])}, [[0], [2]]),
+    ],
+)
+def test_documents_that_begin_with_an_image_and_images_wider_than_a_window(ids, given, documents):
+    ids = torch.tensor([ids])
+    found = layout_of_call(arguments_of_call(given | {"input_ids": ids}, ids, placeholders=(9,)))
+    expected = expected_layout(ids, [(0, columns) for columns in documents])
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_layout_of_every_kind_of_call(name):
     ids, given, sequences = CALLS[name]
@@ -181,6 +198,9 @@ def test_a_decoder_without_a_mask_has_the_lengths_of_its_labels(labels):
     assert lengths_of_call(given, inputs, is_decoder=True, pad_token_id=0).tolist() == expected
     del given["labels"]
     assert lengths_of_call(given, inputs, is_decoder=True, pad_token_id=0).tolist() == expected
+    of_whisper = inputs.masked_fill(inputs == 1, 0)  # what pads also ends
+    found = lengths_of_call({"input_ids": of_whisper}, of_whisper, is_decoder=True, pad_token_id=0, pad_is_eos=True)
+    assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("given", [{}, {"attention_mask": {"full": 1}}, {"position_ids": torch.zeros(3, 2, 4)}])

@@ -18,7 +18,7 @@ GROUPS = {
     "tensor parallel": ("tensor_parallel", "ids_that_are_dtensors"),
     "sharded outputs": ("sharded_output", "unknown_placement"),
     "pipelines": ("pipeline",),
-    "split sequences": ("context_parallel", "ulysses", "split_calls"),
+    "split sequences": ("context_parallel", "compiled_context_parallel", "ulysses", "split_calls"),
 }
 DEEPSPEED = ("deepspeed",)
 OF_FOUR = ("on_a_mesh-tp_size=2 fsdp_size=2", "on_a_mesh-fsdp_size=2 dp_replicate_size=2", "on_a_mesh-fsdp_size=4")

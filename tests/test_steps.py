@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from neftune_hf import NEFTuneError, attach
 from neftune_hf.errors import NoNoiseError
@@ -188,6 +189,15 @@ def test_a_forgotten_handle_does_not_keep_the_model():
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_forgotten_handles_do_not_gather_in_torchs_registry():
+    attach(tiny_llama(), neftune_noise_alpha=5).remove()
+    hooks = len(_global_optimizer_post_hooks)
+    for _ in range(3):
+        attach(tiny_llama(), neftune_noise_alpha=5)
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == hooks
 
 
 def test_alpha_by_position_says_what_to_write():

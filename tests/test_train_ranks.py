@@ -53,3 +53,32 @@ def test_a_killed_process_and_a_restart_from_the_last_checkpoint(tmp_path):
     assert killed["first_step"] == 2
     assert killed["records"] == {step: whole["records"][step] for step in range(2, 6)}
     assert all(torch.equal(a, b) for a, b in zip(killed["weights"], whole["weights"], strict=True))
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray(tmp_path):
+    """As under torchrun, to the last bit."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: Ray Train is not tested")
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def work(config):
+        from tests.train_ranks import main
+
+        main("ddp", config["folder"])
+
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": variables})
+    try:
+        TorchTrainer(
+            work,
+            train_loop_config={"folder": tmp_path},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(storage_path=str(tmp_path / "ray")),
+        ).fit()
+    finally:
+        ray.shutdown()
+    found, expected = torch.load(tmp_path / "run.pt"), train(tmp_path / "torchrun", 2)
+    assert found["records"] == expected["records"]
+    assert all(torch.equal(a, b) for a, b in zip(found["weights"], expected["weights"], strict=True))

@@ -1,4 +1,4 @@
-"""Run by test_train_ranks under torchrun: the Trainer in a set-up of accelerate's, every record's noise checked.
+"""Run by test_train_ranks under torchrun or Ray: the Trainer in a set-up of accelerate's, every record's noise checked.
 
 python -m tests.train_ranks SETUP FOLDER [resume | die]
 """
@@ -169,8 +169,9 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
         torch.save(saved | {"weights": [w.detach() for w in weights]}, folder / f"{phase}.pt")
     if distributed.is_initialized():
         distributed.barrier()
-        os._exit(0)  # gloo may hang when the interpreter tears it down
 
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    if distributed.is_initialized():
+        os._exit(0)  # gloo may hang when the interpreter tears it down

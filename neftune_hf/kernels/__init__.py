@@ -31,7 +31,7 @@ def add_noise_to_call(
     neftune_noise_type: str,
     power: torch.Tensor,
     by_width: bool = False,
-    negated: bool = False,
+    mark: tuple[int, ...] = (),
     part: Part | None = None,
 ) -> torch.Tensor:
     """e' = e + alpha / sqrt(L * d) * u, for the ids that a forward call looked up.
@@ -43,8 +43,8 @@ def add_noise_to_call(
         power (`torch.Tensor`): (2,) float32. The summed powers of noise and embeddings, over a sample of the real
             tokens, are added to it.
         by_width (`bool`): Take each row, with its padding, for one sequence.
-        negated (`bool`): Whether alpha is below zero, as far as a checkpoint has to know: one that repeats a pass with
-            the other sign is then refused by torch (`CheckpointError`).
+        mark (`tuple[int, ...]`): A shape of no elements that tells key and sign: torch refuses a checkpoint that
+            repeats a pass with another one (`CheckpointError`).
         part ([`Part`], *optional*): Which part of the call's embeddings this process has.
 
     Returns:
@@ -54,19 +54,19 @@ def add_noise_to_call(
         call = CallArguments(call.input_ids, is_time_major=call.is_time_major, own_columns=call.own_columns)
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
         return _on_local(_plain, embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, part)
-    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, negated, part)
+    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, mark, part)
 
 
 class _AddNoise(torch.autograd.Function):
-    """The noise is a constant of the graph: nothing is kept for backward but the key.
+    """The noise is a constant of the graph: nothing is kept for backward but an empty tensor.
 
-    The key is saved so that a checkpoint, which compares number and shapes of what is saved in its two passes, notices
-    a noise that is in one of them only; its shape tells the sign.
+    A checkpoint compares number and shapes of what is saved in its two passes. So it notices a noise that is in one of
+    them only, and, since the shape is the mark, another noise.
     """
 
     @staticmethod
-    def forward(ctx, embeddings, call, alpha, key, noise_type, power, negated, part):
-        ctx.save_for_backward(key.view(1) if negated else key)
+    def forward(ctx, embeddings, call, alpha, key, noise_type, power, mark, part):
+        ctx.save_for_backward(torch.empty(mark, device=key.device))
         return _on_local(_by_device, embeddings, call, alpha, key, noise_type, power, part)
 
     @staticmethod
@@ -147,6 +147,6 @@ def _measure(embeddings: torch.Tensor, lengths: torch.Tensor, alpha: torch.Tenso
     lengths = lengths.reshape(-1)[chosen]
     sample = embeddings.detach().reshape(-1, embeddings.shape[-1])[chosen]
     real = lengths > 0
-    noise = (real / lengths.clamp(min=1)).sum() * alpha.square() / 3
+    noise = (real / lengths.clamp(min=1).float()).sum() * alpha.square() / 3
     norms = torch.linalg.vector_norm(sample, dim=-1, dtype=torch.promote_types(sample.dtype, torch.float32))
     power.add_(torch.stack([noise, (norms.square() * real).sum().float()]))

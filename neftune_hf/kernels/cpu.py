@@ -20,13 +20,13 @@ def add_noise(
     """[`neftune_hf.add_noise`] with two buffers of under 1 MiB beside the result. Outside of autograd."""
     d = embeddings.shape[-1]
     e = embeddings.reshape(-1, d)
-    noised = torch.empty(embeddings.shape, dtype=e.dtype)
+    noised = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
     quantile = quantile_function(neftune_noise_type)
-    channels = channel_words(d)
+    channels = channel_words(d, e.device)
     scale = noise_scale(layout.lengths, d, neftune_noise_alpha).reshape(-1, 1)
     first, second = (words.reshape(-1, 1) for words in token_words(layout, key))
     rows = max(1, min(_BLOCK // max(d, 1), len(e)))
-    buffer, scratch = (torch.empty(rows, d, dtype=torch.int32) for _ in range(2))
+    buffer, scratch = (torch.empty(rows, d, dtype=torch.int32, device=e.device) for _ in range(2))
     for part, into, word, other, s in zip(
         *(x.split(rows) for x in (e, noised.view(-1, d), first, second, scale)), strict=True
     ):

@@ -50,21 +50,20 @@ def _document(cu_seqlens, place, n_cu_seqlens, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _real(
-    column, row, width, last, mask, mask_row, mask_column, tokens, cu_seqlens, n_cu_seqlens,
-    MASK: tl.constexpr, ADDITIVE: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
+def _is_kept(
+    column, row, width, last, mask, mask_row, mask_column, cu_seqlens, n_cu_seqlens,
+    MASK: tl.constexpr, ADDITIVE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    real = (column >= 0) & (column < width) & (column <= last)
+    """Whether it is no padding."""
+    kept = (column >= 0) & (column < width) & (column <= last)
     if MASK == 2:
-        real &= tl.load(mask + row * mask_row + column * mask_column, mask=real, other=0) != 0
+        kept &= tl.load(mask + row * mask_row + column * mask_column, mask=kept, other=0) != 0
     if MASK == 3:
-        kept = tl.load(mask + row * mask_row + column * (width + 1), mask=real, other=0)
-        real &= (kept == 0) if ADDITIVE else (kept != 0)
-    if TOKENS:
-        real &= tl.load(tokens + row * width + column, mask=real, other=0) != 0
+        itself = tl.load(mask + row * mask_row + column * (width + 1), mask=kept, other=0)
+        kept &= (itself == 0) if ADDITIVE else (itself != 0)
     if STEPS:
-        real &= _document(cu_seqlens, row * width + column, n_cu_seqlens, STEPS) < n_cu_seqlens
-    return real
+        kept &= _document(cu_seqlens, row * width + column, n_cu_seqlens, STEPS) < n_cu_seqlens
+    return kept
 
 
 @triton.jit(do_not_specialize=["width", "n_cu_seqlens", "ignored_label"])
@@ -86,51 +85,53 @@ def _lay_out(
             used = (column < width) & (label != ignored_label)
             last = tl.maximum(last, tl.max(tl.where(used, column, -1), 0))
 
-    seen = last * 0 - 1  # column of the last real token before the block
-    first = last * 0  # column of the first token of its sequence
+    seen = last * 0 - 1  # column of the last position before the block that is not padding
+    first = last * 0  # column where its sequence begins
     count = last * 0  # real tokens before the block
-    count_at_first = last * 0
+    count_at_first = last * 0  # and before its sequence
     for start in range(0, width, BLOCK):
         column = start + columns
-        real = _real(
-            column, row, width, last, mask, mask_row, mask_column, tokens, cu_seqlens, n_cu_seqlens,
-            MASK, ADDITIVE, TOKENS, STEPS,
+        kept = _is_kept(
+            column, row, width, last, mask, mask_row, mask_column, cu_seqlens, n_cu_seqlens, MASK, ADDITIVE, STEPS
         )  # fmt: skip
-        left = _real(
-            column - 1, row, width, last, mask, mask_row, mask_column, tokens, cu_seqlens, n_cu_seqlens,
-            MASK, ADDITIVE, TOKENS, STEPS,
+        left = _is_kept(
+            column - 1, row, width, last, mask, mask_row, mask_column, cu_seqlens, n_cu_seqlens, MASK, ADDITIVE, STEPS
         )  # fmt: skip
         before = tl.associative_scan(tl.where(left, column - 1, -1), 0, _larger)
         before = tl.maximum(before, seen)
         begins = before < 0
-        both = real & (before >= 0)
+        both = kept & (before >= 0)
         if STEPS:
             document = _document(cu_seqlens, row * width + column, n_cu_seqlens, STEPS)
             begins |= document != _document(cu_seqlens, row * width + tl.maximum(before, 0), n_cu_seqlens, STEPS)
-        elif POSITIONS:
-            here = tl.load(positions + row * positions_row + column, mask=both, other=1)
-            begins |= here <= tl.load(positions + row * positions_row + before, mask=both, other=0)
-        elif MASK == 2:
-            here = tl.load(mask + row * mask_row + column * mask_column, mask=both, other=0)
-            begins |= here != tl.load(mask + row * mask_row + before * mask_column, mask=both, other=0)
-        elif MASK == 3:
-            pair = mask + row * mask_row
-            forward = tl.load(pair + column * width + before, mask=both, other=0)
-            backward = tl.load(pair + before * width + column, mask=both, other=0)
-            either = ((forward == 0) | (backward == 0)) if ADDITIVE else ((forward != 0) | (backward != 0))
-            begins |= ~either
-        begins &= real
+        else:
+            if POSITIONS:
+                here = tl.load(positions + row * positions_row + column, mask=both, other=1)
+                begins |= here <= tl.load(positions + row * positions_row + before, mask=both, other=0)
+            if MASK == 2:
+                here = tl.load(mask + row * mask_row + column * mask_column, mask=both, other=0)
+                begins |= here != tl.load(mask + row * mask_row + before * mask_column, mask=both, other=0)
+            if MASK == 3:
+                pair = mask + row * mask_row
+                forward = tl.load(pair + column * width + before, mask=both, other=0)
+                backward = tl.load(pair + before * width + column, mask=both, other=0)
+                either = ((forward == 0) | (backward == 0)) if ADDITIVE else ((forward != 0) | (backward != 0))
+                begins |= ~either
+        begins &= kept
+        real = kept
+        if TOKENS:
+            real &= tl.load(tokens + row * width + column, mask=kept, other=0) != 0
         name = tl.maximum(tl.associative_scan(tl.where(begins, column, 0), 0, _larger), first)
-        counted = tl.cumsum(real.to(tl.int64), 0) + count
-        at_first = tl.maximum(tl.associative_scan(tl.where(begins, counted, 0), 0, _larger), count_at_first)
-        place = counted - at_first
+        earlier = tl.cumsum(real.to(tl.int64), 0) - real.to(tl.int64) + count
+        at_first = tl.maximum(tl.associative_scan(tl.where(begins, earlier, 0), 0, _larger), count_at_first)
+        place = earlier - at_first
         tl.store(position + row * width + column, place, mask=column < width)
         tl.store(sequence + row * width + column, tl.where(real, row * width + name, -1), mask=column < width)
         token = tl.load(ids + row * width + column, mask=real, other=0).to(tl.int64)
         hashed = _mix64(token + (place << 32) + -0x61C8864680B583EB)
         tl.atomic_add(totals + row * width + name, tl.full((BLOCK,), 1, tl.int64), mask=real, sem="relaxed")
         tl.atomic_add(totals + size + row * width + name, hashed, mask=real, sem="relaxed")
-        seen = tl.maximum(seen, tl.max(tl.where(real, column, -1), 0))
+        seen = tl.maximum(seen, tl.max(tl.where(kept, column, -1), 0))
         first = tl.max(name, 0)
         count += tl.sum(real.to(tl.int64), 0)
         count_at_first = tl.max(at_first, 0)
