@@ -17,6 +17,7 @@ from .handle import NEFTuneHandle, attached_handle, decibels
 from .mesh import summed_over_ranks
 
 logger = logging.getLogger(__name__)
+in_every_trainer: list[type[TrainerCallback]] = []  # made for each Trainer, and before the reporters of its `report_to`
 _callbacks: "weakref.WeakSet[NEFTuneCallback]" = weakref.WeakSet()
 
 
@@ -71,6 +72,8 @@ class NEFTuneCallback(TrainerCallback):
     ```
     """
 
+    _level = logging.INFO  # of the line that a run begins with
+
     def __init__(self, **fields: Any):
         NEFTuneConfig(**fields)
         self.fields = fields
@@ -115,7 +118,8 @@ class NEFTuneCallback(TrainerCallback):
         self.handle = NEFTuneHandle(model, config, follows_optimizer=False)
         self._record_run()
         if self.handle.sites and state.is_world_process_zero:
-            logger.info(
+            logger.log(
+                self._level,
                 "NEFTune: %s noise, alpha %g (%s), on %s%s%s",
                 config.neftune_noise_type,
                 config.neftune_noise_alpha,
@@ -207,14 +211,23 @@ class NEFTuneDefaultCallback(TrainerCallback):
 
 
 def prepare_transformers() -> None:
-    """Once: the default callback, and a built-in that is not switched on for a model whose Trainer has a callback.
+    """Once: the callbacks of every Trainer, and a built-in that is not switched on where a Trainer has a callback.
 
-    Switching it on and off again is not enough. It raises AttributeError on some models, and stays on the model where
-    `train()` fails early.
+    Those callbacks come with the reporters, which a Trainer asks for when it is made. `DEFAULT_CALLBACKS` would not do:
+    ms-swift replaces that list.
+
+    To switch the built-in on and off again is not enough. It raises AttributeError on some models, and stays on the
+    model where `train()` fails early.
     """
-    if NEFTuneDefaultCallback in transformers.trainer.DEFAULT_CALLBACKS:
+    if NEFTuneDefaultCallback in in_every_trainer:
         return
-    transformers.trainer.DEFAULT_CALLBACKS.append(NEFTuneDefaultCallback)  # type: ignore[arg-type]
+    in_every_trainer.append(NEFTuneDefaultCallback)
+    reporters = transformers.trainer.get_reporting_integration_callbacks
+
+    def get_reporting_integration_callbacks(report_to):
+        return [*in_every_trainer, *reporters(report_to)]
+
+    transformers.trainer.get_reporting_integration_callbacks = get_reporting_integration_callbacks
     activate, deactivate = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
 
     def activate_neftune(model, *args, **kwargs):
