@@ -15,6 +15,9 @@ rm -rf dist
 "$python" -m twine check --strict dist/*
 .venv/bin/check-wheel-contents --package neftune_hf dist/*.whl
 
+title "Beside the tools that docs/tools.md names"
+scripts/resolve.sh
+
 title "The quickstart, cut to a few steps"
 scripts/quickstart.sh --max_steps 3 --eval_strategy "no" --eval_on_start false
 
