@@ -83,6 +83,7 @@ class NEFTuneCallback(TrainerCallback):
         self._of_trainer: Callable[[], Any] = _none  # weak references to the trainer's control and model
         self._of_model: Callable[[], Any] = _none
         self._gives_way = False
+        self._is_warned = False
         self._ratio: float | None = None  # over all ranks, for the next log
         prepare_transformers()
         _callbacks.add(self)
@@ -116,6 +117,7 @@ class NEFTuneCallback(TrainerCallback):
                 "CUDA_VISIBLE_DEVICES."
             )
         self.handle = NEFTuneHandle(model, config, follows_optimizer=False)
+        self._is_warned = False
         self._record_run()
         if self.handle.sites and state.is_world_process_zero:
             logger.log(
@@ -145,6 +147,9 @@ class NEFTuneCallback(TrainerCallback):
             self.handle.remove()
             self.handle.check_noised()
             self._measure(args, control)
+            if state.is_world_process_zero and not self._is_warned:
+                self._is_warned = True
+                self._warn_if_loud()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.handle is not None:
@@ -161,6 +166,18 @@ class NEFTuneCallback(TrainerCallback):
         """Sum over all ranks where the Trainer is about to log: it does so on all of them, a user's code may not."""
         if self.handle is not None and control.should_log and self.handle.config.enabled:
             self._ratio = decibels(summed_over_ranks(self.handle.power(args.device)))
+
+    def _warn_if_loud(self) -> None:
+        """After a run's first step: the ratio depends on the lengths of its sequences, and is not known before."""
+        if self.handle is not None and (ratio := self.handle.noise_to_embedding_db or 0.0) > 0:
+            logger.warning(
+                "NEFTune: `neftune_noise_alpha` is %g, and in the first step the noise had %.3g times the embeddings' "
+                "RMS (%+.1f dB): the model is trained on more noise than text. The paper took alpha from 5 to 15; "
+                "`neftune-hf inspect MODEL` tells the ratio for a model. Set a lower alpha.",
+                self.handle.config.neftune_noise_alpha,
+                10 ** (ratio / 20),
+                ratio,
+            )
 
     def write_metrics(self, logs: dict[str, float], state) -> None:
         """Add alpha and the ratio since the last log to a training log, once, and to its entry in the history."""

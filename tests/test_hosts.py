@@ -308,6 +308,19 @@ def test_reporters_see_the_metrics_of_a_bare_callback(tmp_path, monkeypatch):
     assert all(entry["neftune/alpha"] == 5 and "neftune/noise_to_embedding_db" in entry for entry in steps)
 
 
+@pytest.mark.parametrize(("alpha", "is_loud"), [(1e-3, False), (1e9, True)])
+def test_noise_louder_than_the_embeddings_is_said_once_a_run(alpha, is_loud, tmp_path, caplog):
+    trainer = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=alpha)])
+    for _ in range(2):
+        caplog.clear()
+        train(trainer)
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(said) == is_loud
+    if is_loud:
+        assert "`neftune_noise_alpha` is 1e+09" in said[0]
+        assert "times the embeddings' RMS (+18" in said[0]
+
+
 def test_a_log_before_there_is_a_history(tmp_path):
     trainer = make(tmp_path, callbacks=[callback := NEFTuneCallback(**ALPHA_5)])
     callback.on_train_begin(trainer.args, trainer.state, trainer.control, trainer.model)
