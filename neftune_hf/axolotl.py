@@ -9,13 +9,11 @@ neftune_noise_alpha: 5
 
 from axolotl.integrations.base import BasePlugin
 
-from .callback import NEFTuneCallback
+from .patch import PatchedCallback
 
 
 class NEFTunePlugin(BasePlugin):
-    """Adds a [`NEFTuneCallback`] to axolotl's trainer, which reads alpha from the trainer's args."""
+    """Gives axolotl's trainer a [`NEFTuneCallback`], which reads alpha from the trainer's args."""
 
-    def add_callbacks_post_trainer(self, cfg, trainer):
-        callback = NEFTuneCallback()
-        callback.on_init_end(trainer.args, trainer.state, trainer.control)
-        return [callback]
+    def add_callbacks_pre_trainer(self, cfg, model):
+        return [PatchedCallback()]

@@ -17,6 +17,7 @@ from .handle import NEFTuneHandle, attached_handle, decibels
 from .mesh import summed_over_ranks
 
 logger = logging.getLogger(__name__)
+in_every_trainer: list[type[TrainerCallback]] = []  # made for each Trainer, and before the reporters of its `report_to`
 _callbacks: "weakref.WeakSet[NEFTuneCallback]" = weakref.WeakSet()
 
 
@@ -72,6 +73,8 @@ class NEFTuneCallback(TrainerCallback):
     ```
     """
 
+    _level = logging.INFO  # of the line that a run begins with
+
     def __init__(self, **fields: Any):
         NEFTuneConfig(**fields)
         self.fields = fields
@@ -81,6 +84,7 @@ class NEFTuneCallback(TrainerCallback):
         self._of_trainer: Callable[[], Any] = _none  # weak references to the trainer's control and model
         self._of_model: Callable[[], Any] = _none
         self._gives_way = False
+        self._is_warned = False
         self._ratio: float | None = None  # over all ranks, for the next log
         prepare_transformers()
         _callbacks.add(self)
@@ -114,9 +118,11 @@ class NEFTuneCallback(TrainerCallback):
                 "CUDA_VISIBLE_DEVICES."
             )
         self.handle = NEFTuneHandle(model, config, follows_optimizer=False)
+        self._is_warned = False
         self._record_run()
         if self.handle.sites and state.is_world_process_zero:
-            logger.info(
+            logger.log(
+                self._level,
                 "NEFTune: %s noise, alpha %g (%s), on %s%s%s",
                 config.neftune_noise_type,
                 config.neftune_noise_alpha,
@@ -142,6 +148,9 @@ class NEFTuneCallback(TrainerCallback):
             self.handle.remove()
             self.handle.check_noised()
             self._measure(args, control)
+            if state.is_world_process_zero and not self._is_warned:
+                self._is_warned = True
+                self._warn_if_loud()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.handle is not None:
@@ -158,6 +167,18 @@ class NEFTuneCallback(TrainerCallback):
         """Sum over all ranks where the Trainer is about to log: it does so on all of them, a user's code may not."""
         if self.handle is not None and control.should_log and self.handle.config.enabled:
             self._ratio = decibels(summed_over_ranks(self.handle.power(args.device)))
+
+    def _warn_if_loud(self) -> None:
+        """After a run's first step: the ratio depends on the lengths of its sequences, and is not known before."""
+        if self.handle is not None and (ratio := self.handle.noise_to_embedding_db or 0.0) > 0:
+            logger.warning(
+                "NEFTune: `neftune_noise_alpha` is %g, and in the first step the noise had %.3g times the embeddings' "
+                "RMS (%+.1f dB): the model is trained on more noise than text. The paper took alpha from 5 to 15; "
+                "`neftune-hf inspect MODEL` tells the ratio for a model. Set a lower alpha.",
+                self.handle.config.neftune_noise_alpha,
+                10 ** (ratio / 20),
+                ratio,
+            )
 
     def write_metrics(self, logs: dict[str, float], state) -> None:
         """Add alpha and the ratio since the last log to a training log, once, and to its entry in the history."""
@@ -208,14 +229,23 @@ class NEFTuneDefaultCallback(TrainerCallback):
 
 
 def prepare_transformers() -> None:
-    """Once: the default callback, and a built-in that is not switched on for a model whose Trainer has a callback.
+    """Once: the callbacks of every Trainer, and a built-in that is not switched on where a Trainer has a callback.
 
-    Switching it on and off again is not enough. It raises AttributeError on some models, and stays on the model where
-    `train()` fails early.
+    Those callbacks come with the reporters, which a Trainer asks for when it is made. `DEFAULT_CALLBACKS` would not do:
+    ms-swift replaces that list.
+
+    To switch the built-in on and off again is not enough. It raises AttributeError on some models, and stays on the
+    model where `train()` fails early.
     """
-    if NEFTuneDefaultCallback in transformers.trainer.DEFAULT_CALLBACKS:
+    if NEFTuneDefaultCallback in in_every_trainer:
         return
-    transformers.trainer.DEFAULT_CALLBACKS.append(NEFTuneDefaultCallback)  # type: ignore[arg-type]
+    in_every_trainer.append(NEFTuneDefaultCallback)
+    reporters = transformers.trainer.get_reporting_integration_callbacks
+
+    def get_reporting_integration_callbacks(report_to):
+        return [*in_every_trainer, *reporters(report_to)]
+
+    transformers.trainer.get_reporting_integration_callbacks = get_reporting_integration_callbacks
     activate, deactivate = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
 
     def activate_neftune(model, *args, **kwargs):

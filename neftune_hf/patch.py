@@ -1,35 +1,34 @@
 """NEFTune in tools that only pass `neftune_noise_alpha` on to transformers."""
 
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 
-from transformers.trainer import DEFAULT_CALLBACKS
-
-from .callback import NEFTuneCallback, prepare_transformers
-
-logger = logging.getLogger(__name__)
+from .callback import NEFTuneCallback, in_every_trainer, prepare_transformers
 
 
 class PatchedCallback(NEFTuneCallback):
     """In every Trainer made while transformers is patched; inert where the key is not set, or another callback is."""
 
+    _level = logging.WARNING  # seen without any setting: the run is not what the tool alone would do
+
     def __init__(self):
         super().__init__()
         self._gives_way = True
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        super().on_init_end(args, state, control, model, **kwargs)
-        if args.neftune_noise_alpha is not None:
-            logger.warning(  # seen without any setting: the run is not what the tool alone would do
-                "NEFTune: neftune_hf takes `neftune_noise_alpha` of this Trainer from transformers"
-            )
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        super().on_train_begin(args, state, control, model, **kwargs)
+        if (seen := os.environ.get("NEFTUNE_HF_RUN")) and self.handle is not None and self.handle.sites:
+            Path(seen).touch()  # `neftune-hf run` looks for it when its command has ended
 
 
 def patch_transformers() -> Callable[[], None]:
     """Let every `transformers.Trainer` made from now on, subclasses included, use this NEFTune for its key.
 
     A trainer whose args have `neftune_noise_alpha` gets a [`NEFTuneCallback`], which takes the place of the built-in.
-    Others are as they were. To patch twice is to patch once.
+    Others are as they were. To patch twice is to patch once. From the shell, and in the processes that a tool's command
+    starts, `neftune-hf run -- COMMAND` does the same.
 
     Returns:
         `Callable[[], None]`: Takes the patch back.
@@ -43,11 +42,11 @@ def patch_transformers() -> Callable[[], None]:
     ```
     """
     prepare_transformers()
-    if PatchedCallback not in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.append(PatchedCallback)  # type: ignore[arg-type]
+    if PatchedCallback not in in_every_trainer:
+        in_every_trainer.append(PatchedCallback)
     return _undo
 
 
 def _undo() -> None:
-    if PatchedCallback in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.remove(PatchedCallback)  # type: ignore[arg-type]
+    if PatchedCallback in in_every_trainer:
+        in_every_trainer.remove(PatchedCallback)

@@ -82,7 +82,9 @@ class NEFTuneTrainerMixin(_Trainer):
         given = [own for own in self.callback_handler.callbacks if type(own) is NEFTuneCallback]
         if not given or fields:
             callback.on_init_end(self.args, self.state, self.control, self.model)
-            self.add_callback(callback)
+            # Behind the flow callback, which says when to log, and before the progress bar: a run's first line would
+            # stand on the bar's.
+            self.callback_handler.callbacks.insert(1, callback)
         self.neftune_callback = given[0] if given else callback
         self._refuse_pairs(merge(self.neftune_callback.fields, self.args))
         trainer = weakref.ref(self)

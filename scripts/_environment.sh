@@ -2,7 +2,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
-if ! "$python" -c 'import neftune_hf, trl, peft, gguf, pytest, mypy' 2>/dev/null; then
+if ! "$python" -c 'import neftune_hf, trl, peft, gguf, pytest, mypy, trackio, uv' 2>/dev/null; then
   echo "Making .venv with the tested set (constraints.txt) ..."
   base=$(command -v python3.11 || command -v python3)
   "$base" -m venv .venv

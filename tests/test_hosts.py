@@ -11,7 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-import transformers.trainer
+import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     Seq2SeqTrainer,
@@ -21,6 +21,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.integrations import integration_utils
 from transformers.integrations.neftune import activate_neftune
 from trl import SFTConfig, SFTTrainer
 
@@ -297,15 +298,27 @@ def test_reporters_see_the_metrics_of_a_bare_callback(tmp_path, monkeypatch):
         def on_log(self, args, state, control, logs=None, **kwargs):
             logged.append(dict(logs))
 
-    callback = NEFTuneCallback(**ALPHA_5)
-    monkeypatch.setattr(transformers.trainer, "get_reporting_integration_callbacks", lambda report_to: [Tracker])
-    trainer = make(tmp_path, callbacks=[callback])
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "fake", Tracker)
+    trainer = make(tmp_path, callbacks=[NEFTuneCallback(**ALPHA_5)], report_to="fake")
     train(trainer)
     kinds = [type(own) for own in trainer.callback_handler.callbacks]
     assert kinds.index(Tracker) < kinds.index(NEFTuneCallback)
     steps = [entry for entry in logged if "loss" in entry]
     assert len(steps) == 4
     assert all(entry["neftune/alpha"] == 5 and "neftune/noise_to_embedding_db" in entry for entry in steps)
+
+
+@pytest.mark.parametrize(("alpha", "is_loud"), [(1e-3, False), (1e9, True)])
+def test_noise_louder_than_the_embeddings_is_said_once_a_run(alpha, is_loud, tmp_path, caplog):
+    trainer = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=alpha)])
+    for _ in range(2):
+        caplog.clear()
+        train(trainer)
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(said) == is_loud
+    if is_loud:
+        assert "`neftune_noise_alpha` is 1e+09" in said[0]
+        assert "times the embeddings' RMS (+18" in said[0]
 
 
 def test_a_log_before_there_is_a_history(tmp_path):
@@ -321,9 +334,11 @@ def test_a_log_before_there_is_a_history(tmp_path):
 @pytest.mark.slow
 def test_importing_and_constructing_change_no_other_trainer():
     code = (
-        "import transformers.trainer as t; before = list(t.DEFAULT_CALLBACKS), t.activate_neftune\n"
+        "import transformers.trainer as t\n"
+        "def state(): return t.get_reporting_integration_callbacks, t.activate_neftune\n"
+        "before = state()\n"
         "import neftune_hf; neftune_hf.NEFTuneCallback, neftune_hf.NEFTuneTrainerMixin, neftune_hf.NEFTuneSFTTrainer\n"
-        "assert (list(t.DEFAULT_CALLBACKS), t.activate_neftune) == before"
+        "assert state() == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

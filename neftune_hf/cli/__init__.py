@@ -15,6 +15,7 @@ _COMMANDS = {
     "inspect": "what alpha means for a model: its embeddings and their ratio to the noise",
     "compare": "the same training with several alphas and seeds, and what they changed",
     "generate": "greedy completions of a file of prompts, as alpaca_eval reads them",
+    "run": "any tool's command, with this NEFTune for its neftune_noise_alpha: neftune-hf run -- COMMAND ...",
     "env": "the versions of all that matters here, for a bug report",
 }
 _EXTRAS = {"trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "quantized"} | dict.fromkeys(
@@ -31,18 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _COMMANDS.items():
         commands.add_parser(name, add_help=False, help=text)
-    arguments, rest = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = parser.parse_args(argv[:1]).command, argv[1:]
     logging.basicConfig(format="%(message)s")
     # What the library says of a run and its data is the same in every process.
     logging.getLogger("neftune_hf").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
-        importlib.import_module(f".{arguments.command}", __name__).run(rest)
+        importlib.import_module(f".{command}", __name__).run(rest)
     except NEFTuneError as error:
         message = f"{type(error).__name__}: {error}"
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        message = f'`{arguments.command}` needs {error.name}: pip install "neftune_hf[{_EXTRAS[error.name]}]"'
+        message = f'`{command}` needs {error.name}: pip install "neftune_hf[{_EXTRAS[error.name]}]"'
     else:
         return 0
     print(f"neftune-hf: {message}", file=sys.stderr)

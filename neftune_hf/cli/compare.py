@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError
+from . import recipes
 from .generate import _prompt, _read_prompts, _turns, complete_tokens
-from .sft import _check, _check_files, _data, _launched, _parse, _tokenizer, _trainer
+from .sft import _check, _check_files, _data, _launched, _parse, _silence, _tokenizer, _trainer
 
 _RATIO = "neftune/noise_to_embedding_db"
 _POINTS = 4  # of a run, at which its clean losses are measured
@@ -77,7 +78,9 @@ def run(argv: Sequence[str]) -> None:
         if (value := getattr(own, name)) < least:
             raise NEFTuneConfigError(f"`--{name}` is {value}, and must be at least {least}.")
     cells = [(setting, seed) for setting in _settings(own) for seed in own.seeds]
+    rest = recipes.with_files(rest)
     in_file = _check_files(rest)
+    _silence()
     *given, launch = _parse(rest, in_file)
     parsed = [_parse(_words(rest, *cell), in_file)[:-1] for cell in cells]  # what is refused, before any training
     if _launched("compare", launch, argv):

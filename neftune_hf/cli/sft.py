@@ -1,16 +1,19 @@
 """`neftune-hf sft`: TRL's supervised fine-tuning with NEFTune."""
 
 import argparse
+import codecs
 import difflib
 import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError, first_line
+from . import recipes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +31,10 @@ def run(argv: Sequence[str]) -> None:
     Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig is an
     option and a key of the YAML file.
     """
-    script_args, training_args, model_args, mixture, launch = _parse(argv, _check_files(argv))
+    argv = recipes.with_files(argv)
+    settings = _check_files(argv)
+    _silence()
+    script_args, training_args, model_args, mixture, launch = _parse(argv, settings)
     if _launched("sft", launch, argv):
         return
     _check(script_args, training_args, model_args, mixture)
@@ -133,13 +139,20 @@ def _completion(example: dict[str, Any] | None, trainer: "NEFTuneSFTTrainer") ->
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("neftune-hf sft")
-    group.add_argument("--config", metavar="FILE", help="YAML with any of the options; the command line overrides it")
+    text = "YAML with any of the options, which the command line overrides: a file, or a recipe by its name: "
+    group.add_argument("--config", metavar="FILE", help=text + ", ".join(recipes.names()))
     group.add_argument(
         "--accelerate_config",
         metavar="CONFIG",
         help="launch with accelerate: a file of `accelerate config`, or one of TRL's by name, such as zero3 or fsdp2",
     )
     group.add_argument("--num_processes", type=int, metavar="N", help="launch N processes with accelerate")
+
+
+def _silence() -> None:
+    """Keep back what the libraries below say of their own affairs, and nobody who runs a command can act on."""
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that only 4 bits use
 
 
 def _refuse(message: str) -> NoReturn:
@@ -173,9 +186,27 @@ def _check_files(argv: Sequence[str]) -> dict[str, Any]:
                 f"`config` {given.config} holds a {type(settings).__name__}; write `key: value` lines."
             )
     name = given.dataset_name or settings.get("dataset_name")
-    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")) and not Path(name).is_file():
-        raise DatasetError(f"`dataset_name`: there is no file {name}.")
+    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")):
+        if not Path(name).is_file():
+            raise DatasetError(f"`dataset_name`: there is no file {name}.")
+        _check_text(name)
     return settings
+
+
+def _check_text(name: str) -> None:
+    """Refuse a file whose beginning is not what its name says."""
+    with open(name, "rb") as file:
+        head = file.read(65536)
+    if name.endswith(".parquet"):
+        is_right = head.startswith(b"PAR1")
+    else:
+        try:
+            is_right = "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)  # the last one may be cut
+        except UnicodeDecodeError:
+            is_right = False
+    if not is_right:
+        kind = "a Parquet file" if name.endswith(".parquet") else "text in UTF-8"
+        raise DatasetError(f"`dataset_name`: {name} is not {kind}.")
 
 
 def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
@@ -305,10 +336,13 @@ def _trainer(
     train: "Dataset",
     test: Any,
 ) -> "NEFTuneSFTTrainer":
+    import torch
     from trl import get_peft_config, get_quantization_config
 
     from ..sft import NEFTuneSFTTrainer
 
+    if not torch.accelerator.is_available():
+        training_args.dataloader_pin_memory = False  # torch warns that there is nothing to pin it for
     kwargs: Any = training_args.model_init_kwargs
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

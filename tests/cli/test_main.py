@@ -26,7 +26,7 @@ def test_help_loads_nothing_heavy():
         "print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets') if m in sys.modules])"
     )
     assert "usage: neftune-hf" in result.stdout
-    for command in ("sft", "inspect", "generate", "env"):
+    for command in ("sft", "inspect", "generate", "run", "env"):
         assert f"\n    {command} " in result.stdout
     assert result.stdout.endswith("[]\n")
 
@@ -38,7 +38,7 @@ def test_python_m_is_the_same_command():
     assert result.stdout == f"neftune_hf {neftune_hf.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["sft", "inspect", "generate", "env"])
+@pytest.mark.parametrize("command", ["sft", "inspect", "generate", "run", "env"])
 def test_help_of_a_command_needs_no_extra(command):
     result = python(WITHOUT_EXTRAS + f"from neftune_hf.cli import main\nmain(['{command}', '--help'])")
     assert result.returncode == 0, result.stderr

@@ -12,7 +12,7 @@ from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from neftune_hf import NEFTuneCallback
-from neftune_hf.cli import main
+from neftune_hf.cli import main, recipes
 from neftune_hf.data import load_instructions, to_prompt_completion
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
@@ -127,6 +127,7 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"datasets": [{"path": "no/where"}]}, [], ["`datasets`: no/where cannot be read"]),
         ({"accelerate_config": "zero9"}, [], ["`accelerate_config`", "zero9"]),
         ({"num_processes": 0}, [], ["`num_processes` is 0"]),
+        ({}, ["--config", "quikstart"], ["no file and no recipe quikstart", "evol_instruct_smollm2, quickstart."]),
         ({"resume_from_checkpoint": "absent"}, [], ["`resume_from_checkpoint` is absent"]),
         ({}, ["stray"], ["`stray` in the command line"]),
         ({}, ["--config"], ["`--config`: expected one argument"]),
@@ -149,21 +150,50 @@ def test_errors_name_the_remedy_in_one_line_before_anything_runs(config, runs, c
         ("- a", "`config` .*run.yaml holds a list"),
         ("", "`config` .*run.yaml holds a NoneType"),
         ("dataset_name: absent.json", "`dataset_name`: there is no file absent.json"),
+        ("dataset_name: binary.jsonl", "`dataset_name`: binary.jsonl is not text in UTF-8"),
+        ("dataset_name: binary.parquet", "`dataset_name`: binary.parquet is not a Parquet file"),
     ],
 )
 def test_files_are_refused_before_anything_heavy_is_imported(text, message, tmp_path):
     file = tmp_path / "run.yaml"
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for name in ("binary.jsonl", "binary.parquet"):
+        (tmp_path / name).write_bytes(b"\x80\0" * 9)
     code = (
         "import sys\nfrom neftune_hf.cli import main\n"
         f"code = main(['sft', '--config', {str(file)!r}])\n"
         "print(code, [m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout == "2 []\n"
     assert re.search(message, result.stderr)
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["--config quickstart", "--config=quickstart"])
+def test_a_recipe_by_its_name(form):
+    """From any folder: the file, and the data set that comes with it unless another is named."""
+    folder = ROOT / "configs"
+    named = ["--config", str(folder / "quickstart.yaml")]
+    assert recipes.with_files(form.split()) == [*named, "--dataset_name", str(folder / "quickstart")]
+    assert recipes.with_files([*form.split(), "--dataset_name", "x"]) == [*named, "--dataset_name", "x"]
+    assert recipes.with_files(["--config", "alpaca_opt_6.7b"]) == ["--config", str(folder / "alpaca_opt_6.7b.yaml")]
+    for words in (["--config"], ["--config", "own.yaml"], ["--seed", "1"]):
+        assert recipes.with_files(words) == words
+
+
+@pytest.mark.slow
+def test_what_is_printed_is_for_the_user(config):
+    """No warning that nobody can act on, and no line that begins behind a progress bar."""
+    result = subprocess.run(
+        [sys.executable, "-m", "neftune_hf", "sft", "--config", config(disable_tqdm=False)],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Warning" not in result.stderr
+    assert "gemm_4bit" not in result.stderr
+    assert re.search(r"^NEFTune: uniform noise, alpha 5", result.stderr, re.MULTILINE)
 
 
 def test_a_mixture(config, runs, tmp_path):

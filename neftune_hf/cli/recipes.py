@@ -1,0 +1,44 @@
+"""The YAML files of `configs/` by name: they are in the wheel too."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import NEFTuneConfigError
+
+# In the wheel, and in a clone.
+FOLDER = next(
+    (
+        folder
+        for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+        if folder.is_dir()
+    ),
+    Path("configs"),
+)
+
+
+def names() -> list[str]:
+    """The recipes, such as `quickstart`."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def with_files(argv: Sequence[str]) -> list[str]:
+    """A command line in which `--config NAME` names the recipe's file, and the data set that comes with it.
+
+    Raises:
+        NEFTuneConfigError: There is no such recipe.
+    """
+    words: list[str] = []
+    for word in argv:
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+    for place in [number for number, word in enumerate(words) if words[number - 1 : number] == ["--config"]]:
+        name = words[place]
+        if Path(name).exists() or name.endswith((".yaml", ".yml")):
+            continue
+        if name not in names():
+            raise NEFTuneConfigError(f"`config`: there is no file and no recipe {name}. Recipes: {', '.join(names())}.")
+        words[place] = str(FOLDER / f"{name}.yaml")
+        if (FOLDER / name).is_dir() and not any(
+            word.startswith(("--dataset_name", "--dataset-name")) for word in words
+        ):
+            words += ["--dataset_name", str(FOLDER / name)]
+    return words

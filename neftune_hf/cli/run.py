@@ -1,0 +1,49 @@
+"""`neftune-hf run`: any command, with `patch_transformers()` in each Python process that it starts."""
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import NEFTuneConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run a command of a tool that passes `neftune_noise_alpha` on to transformers, with this NEFTune in its place.
+
+    Every Python process that the command starts, its workers included, calls `neftune_hf.patch_transformers()` once it
+    has imported `transformers.trainer`. The exit status is that of the command.
+    """
+    parser = argparse.ArgumentParser(prog="neftune-hf run", description=run.__doc__, usage="%(prog)s -- COMMAND ...")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the command and its arguments")
+    command = parser.parse_args(argv).command
+    command = command[command[:1] == ["--"] :]
+    if not command:
+        raise NEFTuneConfigError("`run` needs a command: neftune-hf run -- llamafactory-cli train FILE")
+    startup = str(Path(__file__).parent / "startup")
+    with tempfile.TemporaryDirectory(prefix="neftune_hf_") as folder:
+        seen = Path(folder) / "seen"
+        paths = [startup, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NEFTUNE_HF_RUN": str(seen)}
+        try:
+            process = subprocess.Popen(command, env=environment)
+        except OSError as error:
+            raise NEFTuneConfigError(f"`run` cannot start {command[0]}: {error.strerror}.") from error
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command as well
+        signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+        status = process.wait()
+        if status == 0 and not seen.exists():
+            logger.warning(
+                "neftune-hf run: `%s` ended, and no Trainer in its processes was given noise. Either "
+                "`neftune_noise_alpha` is not set in its configuration, or it trains without transformers' Trainer, or "
+                "it starts Python with -I, -E or -S, which leaves PYTHONPATH unread.",
+                command[0],
+            )
+    sys.exit(status if status >= 0 else 128 - status)

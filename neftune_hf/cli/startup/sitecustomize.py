@@ -1,0 +1,45 @@
+"""What `neftune-hf run` lets each Python process of its command begin with; not for import.
+
+Python imports a module of this name when it starts, if it finds one. The folder is first in PYTHONPATH, which child
+processes inherit. Nothing is imported here but what Python has loaded already: most processes have no Trainer.
+"""
+
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+
+
+class PatchOnImport:
+    """Runs `patch_transformers()` when `transformers.trainer` has been imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.trainer":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            try:
+                from neftune_hf import patch_transformers
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    f"`neftune-hf run` started {sys.executable}, which has transformers and no {error.name}: install "
+                    "neftune_hf there, or run the command without `neftune-hf run`.",
+                    name=error.name,
+                ) from error
+            patch_transformers()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, PatchOnImport())
+
+# Another sitecustomize, such as a distribution's, is hidden by this one: run it as Python would have done.
+sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).parent]
+if (other := PathFinder.find_spec("sitecustomize")) and other.loader:
+    sys.modules["sitecustomize"] = module_from_spec(other)
+    other.loader.exec_module(sys.modules["sitecustomize"])

@@ -1,0 +1,54 @@
+"""What trackers write to disk of a run with a bare `NEFTuneCallback`: alpha and the measured ratio of every step."""
+
+import json
+import re
+import sqlite3
+
+import pytest
+
+from neftune_hf import NEFTuneCallback
+
+from .helpers import make, train
+
+RATIO = "neftune/noise_to_embedding_db"
+
+
+def tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(folder.glob("out/runs/*")))).Reload()
+    return {key: [event.value for event in events.Scalars(f"train/{key}")] for key in ("neftune/alpha", RATIO)}
+
+
+def trackio(folder):
+    with sqlite3.connect(next(folder.glob("trackio/*.db"))) as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by step")]
+    return {key: [row[f"train/{key}"] for row in rows if "train/loss" in row] for key in ("neftune/alpha", RATIO)}
+
+
+def wandb(folder):
+    """The run's log is of protobuf messages, in which each key is followed by its value as JSON."""
+    log = next(folder.glob("wandb/*/*.wandb")).read_bytes()
+    return {
+        key: [float(value) for value in re.findall(rb"train/%s\x82\x01.(-?[\d.]+)" % key.encode(), log, re.DOTALL)]
+        for key in ("neftune/alpha", RATIO)
+    }
+
+
+@pytest.mark.parametrize("read", [tensorboard, trackio, wandb], ids=lambda read: read.__name__)
+def test_trackers_are_given_alpha_and_the_ratio(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported, which is below
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer = make(tmp_path / "out", callbacks=[NEFTuneCallback(neftune_noise_alpha=5)], report_to=read.__name__)
+    train(trainer)
+    if read is wandb:
+        import wandb as package
+
+        package.finish()
+    logged = [entry[RATIO] for entry in trainer.state.log_history if "loss" in entry]
+    found = read(tmp_path)
+    assert len(logged) == 4
+    assert {5.0} == set(found["neftune/alpha"])
+    assert sorted({round(value, 3) for value in found[RATIO]}) == sorted({round(value, 3) for value in logged})
