@@ -171,11 +171,11 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
 def keep_usable(
     data: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> datasets.Dataset:
-    """Drop the records of prompt-completion or text form that there is nothing to learn from, and log how many.
+    """Drop unusable records in prompt-completion or text form, and log how many.
 
-    Dropped are those without a prompt or a completion, those that the chat template rejects (roles that do not
-    alternate, say), and those whose prompt alone has `max_length` tokens. The log also counts those that `max_length`
-    truncates. Of a stream the counts are logged as they reach 1, 10, 100 and so on.
+    A record is dropped if its prompt or completion is empty, if the chat template rejects it (such as roles that do not
+    alternate), or if its prompt alone has `max_length` tokens or more. Records that `max_length` truncates are counted
+    too. On a stream the counts are logged as they reach 1, 10, 100 and so on.
 
     Raises:
         DatasetError: Nothing is left.
