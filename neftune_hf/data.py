@@ -146,7 +146,7 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
         return data.map(convert_text, remove_columns=sorted(columns - {"text"}), fn_kwargs=_VERSION)
     else:
         raise DatasetError(
-            f"{name} has the columns {', '.join(sorted(columns))}, of which no form of instruction set is made. Name "
+            f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name "
             "them `instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
             "`completion`, or `text`."
         )
@@ -304,7 +304,7 @@ def _log_unused(columns: set[str], used: set[str], name: str) -> None:
 
 def _nothing_left(name: str, counts: Counter[str], max_length: int | None) -> str:
     dropped = ", ".join(f"{counts[kind]:,} {kind}" for kind in (_EMPTY, _REJECTED, _FULL) if counts[kind])
-    return f"{name} has nothing to learn from: {dropped or 'it is empty'}. `max_length` is {max_length}."
+    return f"{name} has no usable record: {dropped or 'it is empty'}. `max_length` is {max_length}."
 
 
 def _first(record: dict[str, Any], columns: Iterable[str]) -> tuple[str, Any]:
