@@ -16,7 +16,7 @@ from . import __version__
 from .intervals import Interval, log_ratio, mean_interval, needed
 from .measure import text_metrics
 
-# Each difference is relative (of a positive quantity, in %), or absolute (of a share from 0 to 1, in percentage points).
+# Each difference is relative (of a positive quantity, in %) or absolute (of a share from 0 to 1, in percentage points).
 _METRICS = {
     "held_out": ("held-out loss", "relative"),
     "training": ("training loss", "relative"),
