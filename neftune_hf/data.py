@@ -146,7 +146,7 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
         return data.map(convert_text, remove_columns=sorted(columns - {"text"}), fn_kwargs=_VERSION)
     else:
         raise DatasetError(
-            f"{name} has the columns {', '.join(sorted(columns))}, of which no form of instruction set is made. Name "
+            f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name "
             "them `instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
             "`completion`, or `text`."
         )
@@ -171,11 +171,11 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
 def keep_usable(
     data: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> datasets.Dataset:
-    """Drop the records of prompt-completion or text form that there is nothing to learn from, and log how many.
+    """Drop unusable records in prompt-completion or text form, and log how many.
 
-    Dropped are those without a prompt or a completion, those that the chat template rejects (roles that do not
-    alternate, say), and those whose prompt alone has `max_length` tokens. The log also counts those that `max_length`
-    truncates. Of a stream the counts are logged as they reach 1, 10, 100 and so on.
+    A record is dropped if its prompt or completion is empty, if the chat template rejects it (such as roles that do not
+    alternate), or if its prompt alone has `max_length` tokens or more. Records that `max_length` truncates are counted
+    too. On a stream the counts are logged as they reach 1, 10, 100 and so on.
 
     Raises:
         DatasetError: Nothing is left.
@@ -304,7 +304,7 @@ def _log_unused(columns: set[str], used: set[str], name: str) -> None:
 
 def _nothing_left(name: str, counts: Counter[str], max_length: int | None) -> str:
     dropped = ", ".join(f"{counts[kind]:,} {kind}" for kind in (_EMPTY, _REJECTED, _FULL) if counts[kind])
-    return f"{name} has nothing to learn from: {dropped or 'it is empty'}. `max_length` is {max_length}."
+    return f"{name} has no usable record: {dropped or 'it is empty'}. `max_length` is {max_length}."
 
 
 def _first(record: dict[str, Any], columns: Iterable[str]) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""What is measured of a trained model with the noise off: losses of records, completions, and their texts."""
+"""Measurements of a trained model with the noise off: per-record losses and text metrics of completions."""
 
 import math
 from collections.abc import Callable, Iterator

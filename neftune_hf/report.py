@@ -16,7 +16,7 @@ from . import __version__
 from .intervals import Interval, log_ratio, mean_interval, needed
 from .measure import text_metrics
 
-# Each difference is relative (of a positive quantity, in %), or absolute (of a share from 0 to 1, in points of 100).
+# Each difference is relative (of a positive quantity, in %) or absolute (of a share from 0 to 1, in percentage points).
 _METRICS = {
     "held_out": ("held-out loss", "relative"),
     "training": ("training loss", "relative"),
@@ -252,7 +252,7 @@ def draw(runs: list[dict[str, Any]], results: dict[str, Any]) -> dict[str, tuple
     left.legend()
     figures["curve"] = (
         _svg(figure),
-        "Mean over records and seeds. Lines that lie on each other have no difference that could be seen.",
+        "Mean over records and seeds. Lines that overlap show no visible difference.",
     )
 
     figure, (left, right) = _axes(2)

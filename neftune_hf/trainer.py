@@ -31,7 +31,7 @@ else:
 
 
 class NEFTuneTrainerMixin(_Trainer):
-    """NEFTune for any subclass of `transformers.Trainer`, driven by the key `neftune_noise_alpha` of its args.
+    """NEFTune for any subclass of `transformers.Trainer`, set by `neftune_noise_alpha` in its args.
 
     The key is read anew at each `train()`, so every trial of a hyperparameter search trains at its own alpha, and
     transformers' built-in NEFTune is off. Whatever ends `train()`, the model is clean afterwards.

@@ -12,11 +12,11 @@ from ..errors import NEFTuneError
 
 _COMMANDS = {
     "sft": "supervised fine-tuning with TRL: --config FILE, and any field of its SFTConfig as an option",
-    "inspect": "what alpha means for a model: its embeddings and their ratio to the noise",
-    "compare": "the same training with several alphas and seeds, and what they changed",
-    "generate": "greedy completions of a file of prompts, as alpaca_eval reads them",
-    "run": "any tool's command, with this NEFTune for its neftune_noise_alpha: neftune-hf run -- COMMAND ...",
-    "env": "the versions of all that matters here, for a bug report",
+    "inspect": "report a model's embedding scale and the noise-to-embedding ratio at each alpha",
+    "compare": "train with several alphas and seeds, and report the differences",
+    "generate": "greedy completions of a file of prompts, in alpaca_eval's format",
+    "run": "run a tool's command with this library for its neftune_noise_alpha: neftune-hf run -- COMMAND ...",
+    "env": "print versions for a bug report",
 }
 _EXTRAS = {"trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "quantized"} | dict.fromkeys(
     ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "scipy"), "compare"

@@ -24,12 +24,12 @@ _FIXED = {
 
 
 def run(argv: Sequence[str]) -> None:
-    """Train one configuration with several settings and seeds, and report what the settings changed.
+    """Train one configuration with several settings and seeds, and report the differences.
 
-    Runs of one seed are pairs: the same batches, dropout and initial adapter. Afterwards, with the noise off, the
-    losses of records and greedy completions are compared record by record, with confidence intervals over records and
-    seeds, in report.html, report.md and results.json of `output_dir`. Called again, it goes on after the last run that
-    was finished.
+    Runs with the same seed are pairs: the same batches, dropout and initial adapter. With the noise off, their
+    losses and greedy completions are then compared record by record, with confidence intervals over records and seeds;
+    report.html, report.md and results.json are written to `output_dir`. Called again, it resumes after the last
+    finished run.
     """
     parser = argparse.ArgumentParser(
         prog="neftune-hf compare",

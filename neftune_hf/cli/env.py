@@ -9,7 +9,7 @@ _PACKAGES = ("neftune_hf", "torch", "transformers", "accelerate", "trl", "datase
 
 
 def run(argv: Sequence[str]) -> None:
-    """Versions of Python and of the packages that a run stands on, and the device."""
+    """Print the versions of Python and the main packages, and the device."""
     argparse.ArgumentParser(prog="neftune-hf env", description=run.__doc__).parse_args(argv)
     import torch
 

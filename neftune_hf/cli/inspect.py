@@ -19,7 +19,7 @@ ALPHAS = (5.0, 10.0, 15.0)
 
 
 def run(argv: Sequence[str]) -> None:
-    """The embeddings of a model, what rescales them, and the ratio of NEFTune's noise to them."""
+    """Report a model's embedding scale, the norm that rescales it, and the noise-to-embedding ratio."""
     parser = argparse.ArgumentParser(prog="neftune-hf inspect", description=run.__doc__)
     parser.add_argument("model", help="a model's name or folder, or a config of `neftune-hf sft` (.yaml)")
     parser.add_argument(

@@ -26,7 +26,7 @@ _RATIO = "neftune/noise_to_embedding_db"
 
 
 def run(argv: Sequence[str]) -> None:
-    """Fine-tune with TRL and NEFTune, from a YAML file and the command line, and sum up the run.
+    """Fine-tune with TRL and NEFTune, from a YAML file and the command line, and print a summary.
 
     Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig is an
     option and a key of the YAML file.
