@@ -34,7 +34,7 @@ class NEFTuneConfig:
         neftune_schedule (`str`, defaults to `"constant"`):
             Alpha over training: `"constant"`, or `"linear"` or `"cosine"` down to 0.
         neftune_seed (`int`, *optional*):
-            Seed of the noise, 64 bits. `None` takes the trainer's `seed`.
+            Seed of the noise, 64 bits. `None` uses the trainer's `seed`.
         neftune_symmetric (`bool`, defaults to `False`):
             Symmetric pairs ([SymNoise](https://arxiv.org/abs/2312.01523)): each batch is passed twice, with e + s and
             with e - s, where s is the noise, and its loss is the mean of the two. A step takes twice as long.
@@ -105,6 +105,6 @@ def merge(given: dict[str, Any], args: Any) -> NEFTuneConfig:
         if given[name] != in_args[name]:
             raise NEFTuneConfigError(
                 f"`{name}` is {given[name]!r} for NEFTune's callback or trainer and {in_args[name]!r} in "
-                f"{type(args).__name__}. Set it in one of the two places only."
+                f"{type(args).__name__}. Set it in one place only."
             )
     return NEFTuneConfig(**(in_args | given))

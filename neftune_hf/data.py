@@ -276,7 +276,7 @@ def _splits(folder: Path, argument: str) -> dict[str, Path]:
 
 @contextmanager
 def dataset_errors(argument: str, name: str) -> Iterator[None]:
-    """Errors of reading a data set, which has many kinds, as one."""
+    """Turn the many errors of reading a data set into `DatasetError`."""
     try:
         yield
     except StopIteration as error:

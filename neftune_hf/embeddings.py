@@ -1,4 +1,4 @@
-"""Where token ids become embeddings in a model, through wrappers, adapters and composite models."""
+"""Find the input embeddings of a model, through wrappers, adapters and composite models."""
 
 import inspect
 from dataclasses import dataclass

@@ -33,8 +33,8 @@ def mean_interval(*samples: np.ndarray, confidence: float = 0.95) -> Interval:
         var(effect of a seed) / seeds + var(effect of a record) / records + var(rest) / (seeds * records),
 
     estimated by a two-way analysis of variance. The interval is that of a t distribution with Satterthwaite's degrees
-    of freedom. A bootstrap over three seeds is too narrow, since it knows no t distribution: on data with an effect of
-    the seed alone it covers the truth in 3 of 4 experiments, not in 19 of 20.
+    of freedom. A bootstrap over three seeds is too narrow, since it does not use a t distribution: on data with an
+    effect of the seed alone it covers the truth in 3 of 4 experiments, not in 19 of 20.
 
     With one seed the effect of a seed is not known: the interval is over records alone.
 
@@ -82,7 +82,7 @@ def needed(table: np.ndarray, confidence: float = 0.95) -> list[tuple[int, int]]
 
     Returns:
         `list[tuple[int, int]]`: Numbers of seeds and of records: more seeds, more records, or more of both where
-        neither alone would do. With one seed, records only. Empty where there is no telling, up to a thousandfold.
+        neither alone would do. With one seed, records only. Empty if a thousand times as many would not do.
     """
     table = np.asarray(table, dtype=np.float64)
     seeds, records = table.shape

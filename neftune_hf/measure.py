@@ -49,8 +49,8 @@ def text_metrics(completion: str, reference: str | None) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: `distinct_2`, different over all pairs of neighbouring words; `repeated_4`, the share of
-        groups of 4 words that have been there before; `rouge_l`, the F-measure of `rouge-score`; `bleu`, the sentence
-        BLEU of `sacrebleu`. What a text has no words for is NaN.
+        4-grams that occurred earlier; `rouge_l`, the F-measure of `rouge-score`; `bleu`, the sentence
+        BLEU of `sacrebleu`. NaN if the text is too short.
 
     Example:
 

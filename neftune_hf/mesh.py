@@ -1,4 +1,4 @@
-"""What processes have in common: a sequence that is split over them, an output that is sharded, sums over all ranks."""
+"""Communication between processes: sequences that are split, outputs that are sharded, sums over all ranks."""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The noise as a pure function of the sequence: the formula in the paper's symbols, and the counter-based bits of it.
+"""The noise as a pure function of the sequence: the formula in the paper's symbols, and its counter-based random bits.
 
     e' = e + alpha / sqrt(L * d) * u                                   (Jain et al. 2023, arXiv 2310.05914)
 

@@ -110,7 +110,7 @@ def summarise(runs: list[dict[str, Any]], judge: str | None = None) -> dict[str,
         "epochs": first["epochs"],
         "train_records": first["train_records"],
         "mean_length": first["mean_length"],
-        "given": first["settings"],
+        "given": {name: _without_folder(value) for name, value in first["settings"].items()},
         "metrics": metrics,
         "gap": {name: mean_interval(*gaps[name]) for name in others},
         "wins": {name: _wins(tables[name]["held_out"], tables[base]["held_out"]) for name in others},
@@ -176,6 +176,11 @@ def _wins(values: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """Shares of records whose loss, averaged over seeds, is lower and higher than the baseline's."""
     difference = (values - baseline).mean(axis=0)
     return {"lower": float((difference < 0).mean()), "higher": float((difference > 0).mean())}
+
+
+def _without_folder(value: str) -> str:
+    """A local model by its name: where it is on this machine is nobody else's concern."""
+    return Path(value).name if Path(value).is_absolute() else value
 
 
 def _mean_db(logged: list[float]) -> float | None:

@@ -71,7 +71,7 @@ class NEFTuneTrainerMixin(_Trainer):
         if Trainer in bases and bases.index(Trainer) < bases.index(NEFTuneTrainerMixin):
             trainer = next(base for base in cls.__bases__ if issubclass(base, Trainer))
             raise NEFTuneError(
-                f"`{cls.__name__}` has `NEFTuneTrainerMixin` behind `{trainer.__name__}`, where it is without effect. "
+                f"`{cls.__name__}` has `NEFTuneTrainerMixin` behind `{trainer.__name__}`, where it has no effect. "
                 f"Write `class {cls.__name__}(NEFTuneTrainerMixin, {trainer.__name__})`."
             )
 
@@ -197,7 +197,7 @@ def add_to_card(file: Path, run: NEFTuneRun) -> None:
 
 @contextlib.contextmanager
 def _half_of_each_loss(accelerator: Accelerator) -> Iterator[list[torch.Tensor]]:
-    """Halve losses where they are differentiated: past all that a subclass adds to them, before they are accumulated.
+    """Halve losses where they are differentiated: after everything that a subclass adds, before they are accumulated.
 
     Yields:
         `list[torch.Tensor]`: The losses so far.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The comparison of docs/evidence: SmolLM2-135M-Instruct on a sample of Alpaca, alpha 0, 5 and 15, three seeds each.
 #   scripts/evidence.sh [ALPACA.json] [ALPACA_EVAL.jsonl]      any Alpaca file, and instructions to complete
-# The text of both belongs to others and is not in this repository.
+# Both are third-party data and not in this repository.
 source "$(dirname "$0")/_environment.sh"
 alpaca=${1:-../shared/data/alpaca_random_9k.json} prompts=${2:-../shared/data/alpaca_eval_805.jsonl}
 for file in "$alpaca" "$prompts"; do

@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE,...",
-        help="another field to vary; once more for each",
+        help="another field to vary; repeat for further fields",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument(
@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="of a completion (default: %(default)s); 0 for none",
+        help="length limit of a completion (default: %(default)s); 0 for none",
     )
     parser.add_argument(
         "--prompts", metavar="FILE", help="more instructions to complete, as `neftune-hf generate` reads them"

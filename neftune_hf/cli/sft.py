@@ -289,7 +289,7 @@ def _check(
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise NEFTuneConfigError(
             f"`resume_from_checkpoint` is {checkpoint}, and there is no such folder. Name a checkpoint of "
-            "`output_dir`, or leave it out to start anew."
+            "`output_dir`, or omit it to start over."
         )
     if model_args.model_name_or_path is None or not (script_args.dataset_name or mixture.datasets):
         raise NEFTuneConfigError(
@@ -310,7 +310,7 @@ def _check(
             whoami(training_args.hub_token)
         except Exception as error:  # of httpx, of the hub and of the system, as the hub is out of reach in many ways
             raise NEFTuneConfigError(
-                f"`push_to_hub` is true, and the hub does not let us in: {first_line(error)} "
+                f"`push_to_hub` is true, and the hub refused the login: {first_line(error)} "
                 "Log in with `hf auth login`, or set `push_to_hub: false`."
             ) from error
 
