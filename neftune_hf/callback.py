@@ -42,8 +42,10 @@ class NEFTuneCallback(TrainerCallback):
 
     The hooks are on from `on_step_begin` until the last backward pass of the step has run, so evaluation, prediction,
     saving and other callbacks see a clean model. (A pass that another callback makes in `on_step_begin` after this one,
-    or in `on_pre_optimizer_step` before it, is noised.) Settings that are not given here are taken from the trainer's args,
-    `neftune_noise_alpha` among them: then transformers' built-in NEFTune is off and this callback takes its place.
+    or in `on_pre_optimizer_step` before it, is noised.)
+
+    Settings that are not given here are taken from the trainer's args, `neftune_noise_alpha` among them: then
+    transformers' built-in NEFTune is off and this callback takes its place.
 
     An exception inside a step leaves the hooks on until the next Trainer's run on the model, with NEFTune or without,
     or until [`detach`] is called; [`NEFTuneTrainerMixin`] does that by itself.
