@@ -22,5 +22,22 @@ lines = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
 prompts = [{"instruction": json.loads(line)["instruction"]} for line in random.Random(0).sample(lines, 50)]
 Path("outputs/evidence/prompts.json").write_text(json.dumps(prompts))
 PYTHON
-exec .venv/bin/neftune-hf compare --config scripts/evidence.yaml --model_name_or_path "$model" \
+.venv/bin/neftune-hf compare --config scripts/evidence.yaml --model_name_or_path "$model" \
   --alphas 0 5 15 --seeds 0 1 2 --records 50 --max_new_tokens 128 --prompts outputs/evidence/prompts.json "${@:3}"
+"$python" - <<'PYTHON'
+# What the docs show: the numbers and the figures, without the text of records.
+import json
+from pathlib import Path
+
+from neftune_hf.report import draw, summarise
+
+page = Path("docs/evidence")
+files = sorted(Path("outputs/evidence/alphas/runs").glob("*.json"))
+runs = sorted(map(json.loads, (file.read_text(encoding="utf-8") for file in files)),
+              key=lambda run: (run["setting"]["neftune_noise_alpha"], run["seed"]))
+results = summarise(runs)
+page.joinpath("results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+colours = "<style>svg { color: #24292f } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }</style>"
+for name, (svg, _) in draw(runs, results).items():
+    page.joinpath(f"{name}.svg").write_text(svg.replace(">", f">{colours}", 1), encoding="utf-8")
+PYTHON

@@ -1,13 +1,18 @@
 """What trackers write to disk of a run with a bare `NEFTuneCallback`: alpha and the measured ratio of every step."""
 
 import json
+import os
 import re
 import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from neftune_hf import NEFTuneCallback
 
+from .conftest import ROOT
 from .helpers import make, train
 
 RATIO = "neftune/noise_to_embedding_db"
@@ -35,19 +40,26 @@ def wandb(folder):
     }
 
 
-@pytest.mark.parametrize("read", [tensorboard, trackio, wandb], ids=lambda read: read.__name__)
-def test_trackers_are_given_alpha_and_the_ratio(read, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported, which is below
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    trainer = make(tmp_path / "out", callbacks=[NEFTuneCallback(neftune_noise_alpha=5)], report_to=read.__name__)
+def run(folder, tracker):
+    trainer = make(Path(folder) / "out", callbacks=[NEFTuneCallback(neftune_noise_alpha=5)], report_to=tracker)
     train(trainer)
-    if read is wandb:
-        import wandb as package
+    print(json.dumps([entry[RATIO] for entry in trainer.state.log_history if "loss" in entry]))
 
-        package.finish()
-    logged = [entry[RATIO] for entry in trainer.state.log_history if "loss" in entry]
+
+@pytest.mark.parametrize(
+    "read",
+    [tensorboard, pytest.param(trackio, marks=pytest.mark.slow), pytest.param(wandb, marks=pytest.mark.slow)],
+    ids=lambda read: read.__name__,
+)
+def test_trackers_are_given_alpha_and_the_ratio(read, tmp_path):
+    """In a process of its own: trackers read their settings when they are imported, and finish when it ends."""
+    settings = {"TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline"}
+    result = subprocess.run(
+        [sys.executable, "-c", f"from tests.test_trackers import run; run({str(tmp_path)!r}, {read.__name__!r})"],
+        cwd=ROOT, env=os.environ | settings, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    logged = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("[")))
     found = read(tmp_path)
     assert len(logged) == 4
     assert {5.0} == set(found["neftune/alpha"])

@@ -109,7 +109,8 @@ def test_the_built_in_gives_way_and_the_log_says_so(tmp_path, caplog):
     trainer.add_callback(Look())
     with caplog.at_level(logging.INFO, logger="neftune_hf"):
         train(trainer)
-    lines = [record.getMessage() for record in caplog.records if record.name.startswith("neftune_hf")]
+    ours = [record for record in caplog.records if record.name.startswith("neftune_hf")]
+    lines = [record.getMessage() for record in ours if record.levelno == logging.INFO]
     assert len(lines) == 1
     assert "alpha 5 (constant), on model.embed_tokens (Embedding, d=32)" in lines[0]
     assert "takes the place of transformers' built-in" in lines[0]
