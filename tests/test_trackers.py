@@ -43,7 +43,8 @@ def wandb(folder):
 def run(folder, tracker):
     trainer = make(Path(folder) / "out", callbacks=[NEFTuneCallback(neftune_noise_alpha=5)], report_to=tracker)
     train(trainer)
-    print(json.dumps([entry[RATIO] for entry in trainer.state.log_history if "loss" in entry]))
+    logged = [entry[RATIO] for entry in trainer.state.log_history if "loss" in entry]
+    (Path(folder) / "logged.json").write_text(json.dumps(logged))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_trackers_are_given_alpha_and_the_ratio(read, tmp_path):
         cwd=ROOT, env=os.environ | settings, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    logged = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("[")))
+    logged = json.loads((tmp_path / "logged.json").read_text())
     found = read(tmp_path)
     assert len(logged) == 4
     assert {5.0} == set(found["neftune/alpha"])
