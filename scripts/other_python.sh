@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the fast tests on another version of Python, in an environment of its own:
 #   scripts/other_python.sh 3.13
-# Where pip would take a build of torch with CUDA, that is several gigabytes.
+# On Linux PyPI's torch is the build with CUDA, of several gigabytes. Not part of CI.
 version=$1
 shift
 source "$(dirname "$0")/_environment.sh"
