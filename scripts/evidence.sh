@@ -38,6 +38,8 @@ runs = sorted(map(json.loads, (file.read_text(encoding="utf-8") for file in file
 results = summarise(runs)
 page.joinpath("results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 colours = "<style>svg { color: #24292f } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }</style>"
-for name, (svg, _) in draw(runs, results).items():
+figures = draw(runs, results)
+for name in ("curve", "differences"):
+    svg, _ = figures[name]
     page.joinpath(f"{name}.svg").write_text(svg.replace(">", f">{colours}", 1), encoding="utf-8")
 PYTHON
