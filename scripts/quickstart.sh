@@ -8,5 +8,5 @@ case " $* " in *" --model_name_or_path"[\ =]*) ;; *)
   folder=$("$python" scripts/fetch_smollm2.py)
   model=(--model_name_or_path "$folder") ;;
 esac
-exec .venv/bin/neftune-hf compare --config configs/quickstart.yaml --alphas 0 5 --seeds 0 --records 12 \
-  --max_new_tokens 48 "${model[@]}" "$@"
+exec .venv/bin/neftune-hf compare --config configs/quickstart.yaml --alphas 0 5 --seeds 0 --max_steps 10 --records 8 \
+  --max_new_tokens 32 "${model[@]}" "$@"
