@@ -38,6 +38,7 @@ def options(folder, model_folder) -> list[str]:
     return [word for key, value in small.items() for word in (f"--{key}", str(value))]
 
 
+@pytest.mark.slow
 def test_the_command_of_the_docs_in_two_processes(tmp_path, model_folder):
     command = [sys.executable, "-m", "neftune_hf", "sft", "--config", "configs/alpaca_qwen3.yaml"]
     command += ["--accelerate_config", "configs/accelerate/ddp.yaml", "--num_processes", "2"]

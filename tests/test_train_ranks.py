@@ -21,7 +21,9 @@ def train(folder, processes: int, setup: str = "ddp", phase: str = "run", **opti
     return torch.load(folder / f"{phase}.pt")
 
 
-@pytest.mark.parametrize("setup", ["fsdp1", "fsdp2", "cp", "zero2", "zero3", "sp"])
+@pytest.mark.parametrize(
+    "setup", ["fsdp1", "fsdp2", pytest.param("cp", marks=pytest.mark.slow), "zero2", "zero3", "sp"]
+)
 def test_a_run_in_two_processes(tmp_path, setup):
     """What is checked is in train_ranks: every record's noise is that of the record alone."""
     if setup in ("zero2", "zero3", "sp"):

@@ -52,7 +52,10 @@ def test_the_patch_is_in_the_command_and_in_what_it_starts(command, run, tmp_pat
     assert NO_NOISE not in result.stderr
 
 
-@pytest.mark.parametrize("command", [["train.py", ".", "0"], ["-c", "pass"], ["-I", "-c", "pass"]])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(["train.py", ".", "0"], marks=pytest.mark.slow), ["-c", "pass"], ["-I", "-c", "pass"]],
+)
 def test_a_run_without_noise_is_said(command, run):
     result = run(sys.executable, *command)
     assert result.returncode == 0, result.stderr[-3000:]
