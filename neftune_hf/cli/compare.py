@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError
 from . import recipes
 from .generate import _prompt, _read_prompts, _turns, complete_tokens
-from .sft import _check, _check_files, _data, _launched, _parse, _silence, _tokenizer, _trainer
+from .sft import _check, _check_files, _data, _launched, _leave_processes, _parse, _silence, _tokenizer, _trainer
 
 _RATIO = "neftune/noise_to_embedding_db"
 _POINTS = 4  # of a run, at which its clean losses are measured
@@ -143,7 +143,6 @@ class _Grid:
 
     def run(self) -> None:
         import datasets
-        import torch
         import transformers
         from accelerate import PartialState
         from tqdm import tqdm
@@ -174,8 +173,7 @@ class _Grid:
         if state.is_main_process:
             runs = [json.loads(self.file(number).read_text(encoding="utf-8")) for number in range(len(self.cells))]
             print(write_report(self.folder, runs, self.own.judge))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_processes()
 
     def load(self) -> None:
         """Read what is trained on, records to measure on, and prompts to complete."""

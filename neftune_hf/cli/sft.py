@@ -1,12 +1,14 @@
 """`neftune-hf sft`: TRL's supervised fine-tuning with NEFTune."""
 
 import argparse
+import atexit
 import codecs
 import difflib
 import logging
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,8 +41,6 @@ def run(argv: Sequence[str]) -> None:
         return
     _check(script_args, training_args, model_args, mixture)
 
-    import torch
-
     tokenizer = _tokenizer(model_args, training_args)
     if training_args.process_index != 0:  # all processes read the same data, and one tells of it
         logging.getLogger("neftune_hf").setLevel(logging.ERROR)
@@ -65,8 +65,22 @@ def run(argv: Sequence[str]) -> None:
         print(summary(trainer, example, before, after))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    _leave_processes()
+
+
+def _leave_processes() -> None:
+    """End a run of several processes. On gloo the process ends here, for torch can hang when it frees gloo's groups."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() != "gloo" or dist.get_world_size() == 1:
+        return dist.destroy_process_group()
+    dist.barrier()
+    atexit._run_exitfuncs()  # trackers finish in them
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before: str | None, after: str | None) -> str:
