@@ -22,7 +22,7 @@ _callbacks: "weakref.WeakSet[NEFTuneCallback]" = weakref.WeakSet()
 
 
 class NEFTuneRun(NamedTuple):
-    """What is kept of a run when it has ended, without the model.
+    """Record of a run, kept after it ends; it does not hold the model.
 
     Attributes:
         config: The settings, the trainer's among them.
@@ -57,10 +57,10 @@ class NEFTuneCallback(TrainerCallback):
         **fields: The fields of [`NEFTuneConfig`].
 
     Attributes:
-        run ([`NEFTuneRun`]): The last run that has begun, or None.
+        run ([`NEFTuneRun`]): The most recent run, or None.
 
     Raises:
-        NEFTuneConfigError: A setting is out of range, or the args say otherwise.
+        NEFTuneConfigError: A setting is out of range, or differs from the args.
         EmbeddingNotFoundError: The model has no token embeddings.
         NEFTuneError: The Trainer has two of these callbacks, or one process runs the model on several GPUs
             (`torch.nn.DataParallel`), or `neftune_symmetric` is True without [`NEFTuneTrainerMixin`].
@@ -176,8 +176,8 @@ class NEFTuneCallback(TrainerCallback):
         if self.handle is not None and (ratio := self.handle.noise_to_embedding_db or 0.0) > 0:
             logger.warning(
                 "NEFTune: `neftune_noise_alpha` is %g, and in the first step the noise had %.3g times the embeddings' "
-                "RMS (%+.1f dB): the model is trained on more noise than text. The paper took alpha from 5 to 15; "
-                "`neftune-hf inspect MODEL` tells the ratio for a model. Set a lower alpha.",
+                "RMS (%+.1f dB), so it is larger than what it is added to. Lower alpha; the paper used 5, 10 and 15. "
+                "`neftune-hf inspect MODEL` prints the ratio before a run.",
                 self.handle.config.neftune_noise_alpha,
                 10 ** (ratio / 20),
                 ratio,

@@ -185,14 +185,6 @@ def keep_usable(
         return data
     end = tokenizer.eos_token or ""  # TRL appends it to text, and leaves it to the template in messages
 
-    def tokens(parts: list[Any], is_prompt: bool) -> list[int]:
-        """How many tokens each has; -1 where the template rejects the messages."""
-        chat = isinstance(parts[0], list)
-        texts = [_templated(tokenizer, part, is_prompt) for part in parts] if chat else parts
-        given = [text for text in texts if text is not None]
-        lengths = iter(tokenizer(given, add_special_tokens=not chat)["input_ids"] if given else ())
-        return [-1 if text is None else len(next(lengths)) for text in texts]
-
     def problem(is_empty: bool, prompt: int, whole: int) -> str:
         if is_empty:
             return _EMPTY
@@ -205,14 +197,14 @@ def keep_usable(
     def problems(batch: dict[str, list]) -> list[str]:
         if "completion" not in batch:
             texts = [text or "" for text in batch["text"]]
-            wholes = tokens([text + end for text in texts], is_prompt=False)
+            wholes = count_tokens(tokenizer, [text + end for text in texts])
             return [problem(not text.strip(), 0, whole) for text, whole in zip(texts, wholes, strict=True)]
         pairs = list(zip(batch["prompt"], batch["completion"], strict=True))
         empty = [_is_empty(prompt) or _is_empty(completion) for prompt, completion in pairs]
         chat = any(isinstance(part, list) for pair in pairs for part in pair)
         pairs = [(prompt or ([] if chat else ""), completion or ([] if chat else "")) for prompt, completion in pairs]
-        prompts = tokens([prompt for prompt, _ in pairs], is_prompt=True)
-        wholes = tokens([p + c if chat else p + c.removesuffix(end) + end for p, c in pairs], is_prompt=False)
+        prompts = count_tokens(tokenizer, [prompt for prompt, _ in pairs], is_prompt=True)
+        wholes = count_tokens(tokenizer, [p + c if chat else p + c.removesuffix(end) + end for p, c in pairs])
         return list(map(problem, empty, prompts, wholes))
 
     counts: Counter[str] = Counter()
@@ -247,6 +239,15 @@ def keep_usable(
     if not usable:
         raise DatasetError(_nothing_left(name, counts, max_length))
     return data.select(usable)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, parts: list[Any], is_prompt: bool = False) -> list[int]:
+    """How many tokens each text, or each list of messages, has; -1 where the chat template rejects the messages."""
+    chat = isinstance(parts[0], list)
+    texts = [_templated(tokenizer, part, is_prompt) for part in parts] if chat else parts
+    given = [text for text in texts if text is not None]
+    lengths = iter(tokenizer(given, add_special_tokens=not chat)["input_ids"] if given else ())
+    return [-1 if text is None else len(next(lengths)) for text in texts]
 
 
 def plain_prompt(instruction: str) -> str:

@@ -145,7 +145,7 @@ class NEFTuneHandle:
         The noise s is a function of the sequence and the step, so the same batch has the same s; the two noises sum to
         zero exactly. For the loss of a pair, pass the batch once outside and once inside, each with half of its loss.
         Call `backward()` inside: a checkpoint repeats its forward there, and would repeat it with the other sign.
-        Dropout draws anew, as it does for each row of a batch. The step does not advance.
+        Dropout differs, as it does for each row of a batch. The step does not advance.
 
         Raises:
             NEFTuneError: `neftune_symmetric` is False.
@@ -202,7 +202,7 @@ class NEFTuneHandle:
         )
 
     def reset_power(self) -> None:
-        """Begin `noise_to_embedding_db` anew."""
+        """Reset `noise_to_embedding_db`."""
         for embedding in self._state.embeddings:
             embedding.power.zero_()
 
@@ -236,7 +236,7 @@ class NEFTuneHandle:
             )
 
     def attach(self) -> None:
-        """Put the hooks on. Nothing happens when they are on already.
+        """Put the hooks on. Does nothing if they are on.
 
         Raises:
             NEFTuneError: One of the embeddings is noised already.

@@ -30,7 +30,7 @@ _RECORDED = (*LAYOUT_ARGUMENTS, "input_ids", "labels", "decoder_attention_mask",
 class EmbeddingState:
     """What one embedding's noise depends on, and what has become of it.
 
-    Tensors are updated in place: a compiled graph takes them as inputs and need not be compiled anew.
+    Tensors are updated in place: a compiled graph takes them as inputs and is not recompiled.
 
     Attributes:
         alpha, key: 0-d float32 and int64, for the present step. Alpha is below zero in the second pass of a pair.
@@ -132,7 +132,7 @@ class RecordedForward:
         return self
 
     def take_off(self) -> None:
-        """Restore what was there. Something that has wrapped this wrapper since keeps it, and it records in vain."""
+        """Restore what was there. If something has wrapped it since, it stays, without effect."""
         if self.module.__dict__.get("forward") is not self:
             return
         if self.replaced is None:
@@ -303,7 +303,7 @@ def _are_same(call: CallArguments, other: CallArguments | None) -> bool:
     )
 
 
-_nothing: Callable[..., None] = contextlib.nullcontext().__exit__  # what a hook is in a copy of the module
+_nothing: Callable[..., None] = contextlib.nullcontext().__exit__  # stands in for the hook in copies of the module
 
 
 def remove_copied_hooks(module: nn.Module) -> None:

@@ -83,7 +83,7 @@ def sequence_layout(
     cu_seq_lens_q: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
 ) -> SequenceLayout:
-    """Each token's sequence, from the arguments that transformers' models and TRL's collators know.
+    """Each token's sequence, from the arguments that transformers' models take and TRL's collators make.
 
     A row is one sequence unless something says that it holds several, one after the other: `cu_seq_lens_q`; or else
     `position_ids` that do not rise from one token to the next, or an `attention_mask` that numbers the documents, or in
@@ -171,7 +171,7 @@ def _layout_of_whole(call: CallArguments) -> SequenceLayout:
     begins = begins & ~is_padding
     real = ~is_padding if call.token_mask is None else ~is_padding & call.token_mask
 
-    # A sequence is named after the place where it begins in the flattened batch.
+    # A sequence's id is the position of its beginning in the flattened batch.
     first = torch.where(begins, column, 0).cummax(dim=1).values
     earlier = real.cumsum(dim=1) - real.long()
     positions = fusion_barrier((earlier - earlier.gather(1, first)) * real)

@@ -24,14 +24,14 @@ class PatchedCallback(NEFTuneCallback):
 
 
 def patch_transformers() -> Callable[[], None]:
-    """Let every `transformers.Trainer` made from now on, subclasses included, use this NEFTune for its key.
+    """Give `neftune_noise_alpha` to this library in every `transformers.Trainer` made from now on, subclasses included.
 
     A trainer whose args have `neftune_noise_alpha` gets a [`NEFTuneCallback`], which takes the place of the built-in.
-    Others are as they were. To patch twice is to patch once. From the shell, and in the processes that a tool's command
-    starts, `neftune-hf run -- COMMAND` does the same.
+    Other trainers are unchanged. Patching twice has no further effect. From the shell, and in the processes that a
+    tool's command starts, `neftune-hf run -- COMMAND` does the same.
 
     Returns:
-        `Callable[[], None]`: Takes the patch back.
+        `Callable[[], None]`: Undoes the patch.
 
     Example:
 

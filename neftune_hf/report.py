@@ -93,15 +93,11 @@ def summarise(runs: list[dict[str, Any]], judge: str | None = None) -> dict[str,
             "key": key, "title": title, "kind": kind, "records": int(counted.sum()),
             "values": values, "differences": differences, "needed": enough,
         })  # fmt: skip
-    gaps = {
-        n: [t["held_out"] - tables[base]["held_out"], tables[base]["training"] - t["training"]]
-        for n, t in tables.items()
-    }
     first = runs[0]
     results = {
         "neftune_hf": __version__,
         "settings": [
-            {"name": name, "setting": run["setting"], "noise_db": _mean_db(run["noise_to_embedding_db"])}
+            {"name": name, "setting": run["setting"], "noise_db": run["noise_to_embedding_db"]}
             for name in names
             for run in [next(run for run in runs if run["name"] == name)]
         ],
@@ -112,7 +108,7 @@ def summarise(runs: list[dict[str, Any]], judge: str | None = None) -> dict[str,
         "mean_length": first["mean_length"],
         "given": {name: _without_folder(value) for name, value in first["settings"].items()},
         "metrics": metrics,
-        "gap": {name: mean_interval(*gaps[name]) for name in others},
+        "gap": {name: mean_interval(*_gap(tables[name], tables[base])) for name in others},
         "wins": {name: _wins(tables[name]["held_out"], tables[base]["held_out"]) for name in others},
         "judge": _judged(runs, base, others, judge) if judge else None,
     }
@@ -128,7 +124,7 @@ def _tables(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         row: dict[str, list[float]] = {}
         for asked, completions in run["completions"].items():
             for completion, given in zip(completions, run["asked"][asked], strict=True):
-                measured = text_metrics(completion["text"], given["reference"])
+                measured = text_metrics(completion["text"], given["reference"] and _text(given["reference"]))
                 overlap = {f"{key} {asked}": measured.pop(key) for key in ("rouge_l", "bleu") if key in measured}
                 if asked != "training":  # where the training answers are known, only the overlap with them is asked
                     overlap |= measured | {"tokens": completion["tokens"], "ended": completion["ended"]}
@@ -172,6 +168,12 @@ def _change(difference: Interval, kind: str) -> str:
     return f"{mid:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def _gap(values: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Differences of held-out minus training loss, as the tables that are summed, without records that have no loss."""
+    tables = values["held_out"] - baseline["held_out"], baseline["training"] - values["training"]
+    return [table[:, np.isfinite(table).all(axis=0)] for table in tables]
+
+
 def _wins(values: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """Shares of records whose loss, averaged over seeds, is lower and higher than the baseline's."""
     difference = (values - baseline).mean(axis=0)
@@ -181,10 +183,6 @@ def _wins(values: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
 def _without_folder(value: str) -> str:
     """A local model by its name: where it is on this machine is nobody else's concern."""
     return Path(value).name if Path(value).is_absolute() else value
-
-
-def _mean_db(logged: list[float]) -> float | None:
-    return 10 * math.log10(np.mean([10 ** (db / 10) for db in logged])) if logged else None
 
 
 def _judged(runs: list[dict[str, Any]], base: str, others: list[str], judge: str) -> dict[str, Interval]:
@@ -207,14 +205,15 @@ def _judged(runs: list[dict[str, Any]], base: str, others: list[str], judge: str
 
 def _outputs(run: dict[str, Any]) -> list[dict[str, str]]:
     return [
-        {"instruction": _prompt_text(given["prompt"]), "output": completion["text"], "generator": run["name"]}
+        {"instruction": _text(given["prompt"]), "output": completion["text"], "generator": run["name"]}
         for asked, completions in run["completions"].items()
         if asked != "training"
         for completion, given in zip(completions, run["asked"][asked], strict=True)
     ]
 
 
-def _prompt_text(prompt: str | list[dict[str, str]]) -> str:
+def _text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt or a completion: a text, or messages of which the last one counts."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
@@ -224,8 +223,8 @@ def _side_by_side(runs: list[dict[str, Any]], count: int = 8) -> list[dict[str, 
     groups = [asked for asked in shown[0]["completions"] if asked != "training"]
     return [
         {
-            "prompt": _prompt_text(given["prompt"]),
-            "reference": given["reference"],
+            "prompt": _text(given["prompt"]),
+            "reference": given["reference"] and _text(given["reference"]),
             "completions": [(run["name"], run["completions"][asked][number]["text"]) for run in shown],
         }
         for asked in groups

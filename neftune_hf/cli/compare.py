@@ -12,9 +12,19 @@ from typing import Any
 from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError
 from . import recipes
 from .generate import _prompt, _read_prompts, _turns, complete_tokens
-from .sft import _check, _check_files, _data, _launched, _leave_processes, _parse, _silence, _tokenizer, _trainer
+from .sft import (
+    _check,
+    _check_files,
+    _data,
+    _launched,
+    _leave_processes,
+    _noise_to_embedding_db,
+    _parse,
+    _silence,
+    _tokenizer,
+    _trainer,
+)
 
-_RATIO = "neftune/noise_to_embedding_db"
 _POINTS = 4  # of a run, at which its clean losses are measured
 # A grid has one progress bar, saves measurements instead of models, and evaluates by itself.
 _FIXED = {
@@ -201,7 +211,7 @@ class _Grid:
             return
         for name, data in self.measured.items():
             if "prompt" in data.column_names:
-                self.asked[name] = [{"prompt": r["prompt"], "reference": _text(r["completion"])} for r in data]
+                self.asked[name] = [{"prompt": r["prompt"], "reference": r["completion"]} for r in data]
         if self.own.prompts:
             prompts = [_prompt(_turns(record)[:1], [], self.tokenizer) for record in _read_prompts(self.own.prompts)]
             self.asked["prompts"] = [{"prompt": prompt, "reference": None} for prompt in prompts]
@@ -288,8 +298,6 @@ class _Grid:
         completions = {
             name: _over_processes(trainer.accelerator, asked, complete) for name, asked in self.asked.items()
         }
-        history, noise = trainer.state.log_history, trainer.neftune_callback.run
-        since_log = [noise.noise_to_embedding_db] if noise.noise_to_embedding_db is not None else []
         lengths = [len(ids) for ids in trainer.eval_dataset["training"]["input_ids"]]
         result = {
             "name": _name(setting),
@@ -300,8 +308,7 @@ class _Grid:
             "epochs": trainer.state.epoch,
             "train_records": len(self.train_set),
             "mean_length": sum(lengths) / len(lengths),
-            "logged": [[e["step"], e["loss"]] for e in history if "loss" in e],
-            "noise_to_embedding_db": [e[_RATIO] for e in history if _RATIO in e] or since_log,
+            "noise_to_embedding_db": _noise_to_embedding_db(trainer),
             "curve": curve,
             "losses": losses,
             "asked": self.asked,
@@ -328,7 +335,3 @@ def _over_processes(accelerator: Any, items: list, measure: Callable[[list], lis
 
     with accelerator.split_between_processes(items) as own:
         return gather_object(measure(own))
-
-
-def _text(completion: str | list[dict[str, str]]) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import FIELDS, NEFTuneConfig
 from ..embeddings import EmbeddingSite, find_input_embeddings, forward_names
-from ..errors import NEFTuneConfigError, first_line
+from ..errors import DatasetError, NEFTuneConfigError, first_line
 from ..noise import noise_rms
 
 ALPHAS = (5.0, 10.0, 15.0)
@@ -68,7 +68,7 @@ def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
     """
     from transformers import AutoTokenizer
 
-    from ..data import load_instructions, to_prompt_completion
+    from ..data import count_tokens, load_instructions, to_prompt_completion
 
     name = settings["dataset_name"]
     try:
@@ -80,12 +80,12 @@ def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
         ) from error
     data = load_instructions(name, settings.get("dataset_config"))[settings.get("dataset_train_split", "train")]
     records = to_prompt_completion(data.select(range(min(sample, len(data)))), name, bool(tokenizer.chat_template))
-    chat = bool(tokenizer.chat_template) and "prompt" in records.column_names
-    wholes = records["text"] if "text" in records.column_names else [r["prompt"] + r["completion"] for r in records]
-    texts = tokenizer.apply_chat_template(wholes, tokenize=False) if chat else list(wholes)
+    wholes = [record["text"] if "text" in record else record["prompt"] + record["completion"] for record in records]
     longest = settings.get("max_length", 1024) or math.inf  # TRL's default
-    ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-    return sum(min(len(row), longest) for row in ids) / len(ids)
+    counts = [min(count, longest) for count in count_tokens(tokenizer, wholes) if count > 0]
+    if not counts:
+        raise DatasetError(f"`dataset_name`: none of the first records of {name} has tokens. Give --length.")
+    return sum(counts) / len(counts)
 
 
 def _model(name: str) -> nn.Module:

@@ -98,9 +98,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
         config = run.config
         noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"
         noise += ", symmetric pairs" if config.neftune_symmetric else ""
-        logged = [10 ** (entry[_RATIO] / 10) for entry in history if _RATIO in entry]
-        db = 10 * math.log10(sum(logged) / len(logged)) if logged else run.noise_to_embedding_db
-        if db is not None:
+        if (db := _noise_to_embedding_db(trainer)) is not None:
             noise += f": {10 ** (db / 20):.3f} of the embeddings' RMS ({db:+.1f} dB), "
             noise += "measured on a sample of the training tokens"
         lines.append(f"  noise          {noise}")
@@ -124,6 +122,13 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
     kind = "adapter" if is_peft_model(model) else "model"
     lines.append(f"  {kind} saved in {args.output_dir}")
     return "\n".join(lines)
+
+
+def _noise_to_embedding_db(trainer: "NEFTuneSFTTrainer") -> float | None:
+    """Of a run: the mean power of its logs, or the ratio since the last one where there were none."""
+    history, run = trainer.state.log_history, trainer.neftune_callback.run
+    logged = [10 ** (entry[_RATIO] / 10) for entry in history if _RATIO in entry]
+    return 10 * math.log10(sum(logged) / len(logged)) if logged else run.noise_to_embedding_db
 
 
 def _name_local(file: Path) -> None:

@@ -21,6 +21,8 @@ model_name_or_path: {model}
 output_dir: {output}
 max_steps: 6
 learning_rate: 0.01
+use_peft: true
+lora_target_modules: all-linear
 packing: true
 max_length: 256
 per_device_train_batch_size: 2
@@ -68,9 +70,9 @@ def test_a_large_alpha_is_seen_and_told(compared):
 
 
 def test_runs_are_pairs(compared, tmp_path):
-    """Another grid's alpha 0 is the same to the last digit, and a seed is another run."""
+    """Alpha 0 as the second run of another grid is the same to the last digit, and a seed is another run."""
     run = {n: json.loads((compared[1] / "runs" / f"alpha-0_seed-{n}.json").read_text()) for n in (0, 1)}
-    assert compare(compared, "--vary", "neftune_noise_alpha=0,1", "--seeds", "0", "--output_dir", str(tmp_path)) == 0
+    assert compare(compared, "--vary", "neftune_noise_alpha=1,0", "--seeds", "0", "--output_dir", str(tmp_path)) == 0
     again = json.loads((tmp_path / "runs" / "alpha-0_seed-0.json").read_text())
     assert again["losses"] == run[0]["losses"]
     assert again["completions"] == run[0]["completions"]
