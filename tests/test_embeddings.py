@@ -40,6 +40,22 @@ def test_both_sides_of_a_sequence_to_sequence_model_have_their_own_lengths():
             assert (row[:length] != 0).all()
 
 
+@pytest.mark.parametrize("eos", [1, [7, 1]])
+def test_a_decoder_without_labels_whose_padding_is_its_end_of_sequence(eos):
+    """As Whisper under label smoothing, where the Trainer keeps the labels to itself."""
+    config = shrunken_config("t5", decoder_start_token_id=0, pad_token_id=1)
+    config.eos_token_id = eos
+    model = transformers.T5ForConditionalGeneration(config).train()
+    labels_shifted = torch.tensor([[0, 5, 6, 7], [0, 5, 1, 1]])  # of 5, 6, 7, end and of 5, end
+    outputs = []
+    with attach(model, neftune_noise_alpha=5) as handle:
+        decoder = next(site for site in handle.sites if site.is_decoder)
+        decoder.module.register_forward_hook(lambda *call: outputs.append(call[2].detach()))
+        model(input_ids=torch.randint(3, 64, (2, 6)), decoder_input_ids=labels_shifted).logits.sum().backward()
+    noised = (outputs[-1] != model.shared(labels_shifted)).any(-1)
+    assert noised.tolist() == [[True] * 4, [True, True, False, False]]
+
+
 def test_prompt_tuning_noises_real_tokens_only():
     model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).train()
     ids = torch.randint(3, VOCAB, (2, 6))

@@ -260,7 +260,7 @@ class _Grid:
         setting, seed = self.cells[number]
         _, training_args, model_args, _ = self.parsed[number]
         settings = self.settings(number)  # before the trainer completes them
-        set_seed(seed)  # the initial adapter
+        set_seed(seed)  # the initial adapter: TRL seeds it from 1.16 on, not at our lower bound
         trainer: Any = _trainer(training_args, model_args, self.tokenizer, self.train_set, self.measured)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise NEFTuneError(
@@ -293,7 +293,6 @@ class _Grid:
                     curve.append({"step": state.global_step} | means)
 
         trainer.add_callback(Measure)
-        set_seed(seed)  # dropout
         trainer.train()
         completions = {
             name: _over_processes(trainer.accelerator, asked, complete) for name, asked in self.asked.items()
