@@ -164,29 +164,17 @@ def test_two_processes_measure_what_one_does(compared, tmp_path):
     model = tmp_path / "without_dropout"  # which is drawn by each process for its rows
     tiny_llama(attention_dropout=0.0).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
-    words += [
-        "--model_name_or_path",
-        str(model),
-        "--alphas",
-        "0",
-        "500",
-        "--seeds",
-        "0",
-        "--per_device_train_batch_size",
-        "1",
-        "--packing",
-        "false",
-    ]
+    words += ["--model_name_or_path", str(model), "--lora_dropout", "0", "--packing", "false"]
+    words += ["--alphas", "0", "500", "--seeds", "0"]
     launched = ["--accelerate_config", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
     result = subprocess.run(
-        [sys.executable, "-m", "neftune_hf", "compare", *words, *launched],
+        [sys.executable, "-m", "neftune_hf", "compare", *words, *launched, "--per_device_train_batch_size", "1"],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("Report: ") == 1
     alone = tmp_path / "alone"
-    twice = [*words[:-4], "--per_device_train_batch_size", "2", "--packing", "false", "--output_dir", str(alone)]
-    assert main(["compare", *twice]) == 0
+    assert main(["compare", *words, "--output_dir", str(alone)]) == 0
     for name in ("alpha-0_seed-0", "alpha-500_seed-0"):
         both = [json.loads((folder / "runs" / f"{name}.json").read_text()) for folder in (tmp_path, alone)]
         for key in ("held_out", "training"):
