@@ -43,7 +43,7 @@ def names(tmp_path, monkeypatch) -> dict:
     """What examples take for granted. Their folders and models of the hub are looked for in the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for folder in ("facebook/opt-350m", "HuggingFaceTB/SmolLM2-135M-Instruct", "outputs/quickstart"):
+    for folder in ("facebook/opt-350m", "HuggingFaceTB/SmolLM2-135M-Instruct", "outputs/alpaca_qwen3"):
         tiny_llama().save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).train()

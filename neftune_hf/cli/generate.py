@@ -127,7 +127,7 @@ def complete(
     ```python
     >>> from neftune_hf.cli.generate import complete, load
     >>> prompts = [[{"role": "user", "content": "Hello!"}]]
-    >>> answers = complete(*load("outputs/quickstart"), prompts, max_new_tokens=8)
+    >>> answers = complete(*load("outputs/alpaca_qwen3"), prompts, max_new_tokens=8)
     ```
     """
     tokens = complete_tokens(model, tokenizer, prompts, max_new_tokens, repetition_penalty)
