@@ -180,7 +180,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _check_files(argv: Sequence[str]) -> dict[str, Any]:
-    """Refuse files that are missing or malformed before the imports of a run, which take seconds.
+    """Refuse missing or malformed files, and bf16 without a GPU, before importing TRL, which takes seconds.
 
     Returns:
         `dict`: What the YAML file says.
@@ -191,6 +191,8 @@ def _check_files(argv: Sequence[str]) -> dict[str, Any]:
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("--config")
     parser.add_argument("--dataset_name", "--dataset-name")
+    parser.add_argument("--bf16", nargs="?", const=True)
+    parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const=True)
     given, _ = parser.parse_known_args(argv)
     settings = {}
     if given.config is not None:
@@ -209,6 +211,12 @@ def _check_files(argv: Sequence[str]) -> dict[str, Any]:
         if not Path(name).is_file():
             raise DatasetError(f"`dataset_name`: there is no file {name}.")
         _check_text(name)
+    bf16, use_cpu = (str(getattr(given, key) or settings.get(key)).lower() == "true" for key in ("bf16", "use_cpu"))
+    if bf16 and not use_cpu:
+        from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+
+        if not is_torch_bf16_gpu_available() and not is_torch_xla_available():
+            raise NEFTuneConfigError("`bf16` is true, and this machine has no GPU with bfloat16. Set `bf16: false`.")
     return settings
 
 

@@ -110,7 +110,7 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
     [
         ({"neftune_noise_alfa": 5}, [], ["`neftune_noise_alfa` in the config file", "`neftune_noise_alpha`?"]),
         ({}, ["--learnin_rate", "1"], ["`learnin_rate` in the command line", "`learning_rate`?"]),
-        ({"bf16": True, "use_cpu": False}, ["--learnin_rate", "1"], ["`learnin_rate`"]),
+        ({"bf16": None, "use_cpu": False}, ["--learnin_rate", "1"], ["`learnin_rate`"]),
         ({}, ["--accelerate_confi", "x"], ["`accelerate_confi` in the command line", "`accelerate_config`?"]),
         ({"neftune_noise_alpha": -1}, [], ["`neftune_noise_alpha`", "-1"]),
         ({"neftune_noise_alpha": True}, [], ["`neftune_noise_alpha`", "True (bool)"]),
@@ -118,7 +118,7 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"dataset_name": "absent.json"}, [], ["no file absent.json"]),
         ({"dataset_name": None}, [], ["`model_name_or_path` and `dataset_name`"]),
         ({"eval_strategy": "steps"}, [], ["has the splits train, not test", "`dataset_test_split`"]),
-        ({"bf16": True, "use_cpu": False}, [], ["`bf16` is true", "Set `bf16: false`"]),
+        ({"bf16": None, "use_cpu": False}, [], ["`bf16` is true, which is TRL's default", "Set `bf16: false`"]),
         ({"push_to_hub": True}, [], ["`push_to_hub` is true", "`hf auth login`"]),
         ({"model_name_or_path": "no/where"}, [], ["`model_name_or_path` is no/where"]),
         ({"dataset_streaming": True, "max_steps": -1}, [], ["`max_steps`"]),
@@ -169,6 +169,20 @@ def test_files_are_refused_before_anything_heavy_is_imported(text, message, tmp_
     assert result.stdout == "2 []\n"
     assert re.search(message, result.stderr)
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"bf16": True, "use_cpu": False}, []),
+        ({"use_cpu": False}, ["--bf16"]),
+        ({"bf16": True}, ["--use_cpu", "false"]),
+    ],
+)
+def test_bf16_without_a_gpu_is_refused_before_trl_is_imported(changes, options, config, monkeypatch, capsys):
+    monkeypatch.setattr("neftune_hf.cli.sft._parse", None)
+    assert main(["sft", "--config", config(**changes), *options]) == 2
+    assert "`bf16` is true, and this machine has no GPU with bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["--config quickstart", "--config=quickstart"])
