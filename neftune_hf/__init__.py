@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
     from .trainer import NEFTuneTrainerMixin
 
-# Each name is loaded when it is first used: torch, transformers' Trainer and TRL take seconds to import.
+# Names are imported on first use, because torch, transformers' Trainer and TRL take seconds to import.
 _MODULES = {
     "EmbeddingSite": "embeddings",
     "NEFTuneCallback": "callback",

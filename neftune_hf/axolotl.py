@@ -1,4 +1,4 @@
-"""NEFTune in axolotl: name the plugin in its YAML, and the `neftune_noise_alpha` that is there already becomes ours.
+"""NEFTune in axolotl: with this plugin in the YAML, its existing `neftune_noise_alpha` is handled by this library.
 
 ```yaml
 plugins:
@@ -13,7 +13,7 @@ from .patch import PatchedCallback
 
 
 class NEFTunePlugin(BasePlugin):
-    """Gives axolotl's trainer a [`NEFTuneCallback`], which reads alpha from the trainer's args."""
+    """Adds a [`NEFTuneCallback`], which reads alpha from the trainer's args, to axolotl's trainer."""
 
     def add_callbacks_pre_trainer(self, cfg, model):
         return [PatchedCallback()]

@@ -19,25 +19,25 @@ CHOICES = {
 class NEFTuneConfig:
     """Settings of one run. Every field has the same name in Python, in YAML and on the command line.
 
-    The noise is alpha / sqrt(L * d) * u ([Jain et al. 2023](https://arxiv.org/abs/2310.05914)), with L the tokens of a
-    sequence, d the embedding dimension, and u a random number of variance 1/3 for each element.
+    The noise is alpha / sqrt(L * d) * u ([Jain et al. 2023](https://arxiv.org/abs/2310.05914)), where L is the number
+    of tokens in the sequence, d the embedding dimension, and u a random number with variance 1/3 for each element.
 
     Args:
         neftune_noise_alpha (`float`, *optional*):
-            The paper's alpha (it used 5, 10 and 15). `None` or 0 is off.
+            The paper's alpha (it used 5, 10 and 15). `None` or 0 switches NEFTune off.
         neftune_noise_type (`str`, defaults to `"uniform"`):
             Distribution of u, each of variance 1/3: `"uniform"` on (-1, 1), `"gaussian"` N(0, 1/3), or `"bernoulli"`
             on +-1/sqrt(3).
         neftune_length (`str`, defaults to `"tokens"`):
-            `"tokens"`: L is each sequence's own number of real tokens, and padding has no noise (the paper).
-            `"width"`: L is the padded width and every position has noise, as transformers' built-in does it.
+            `"tokens"`: L is the number of real tokens in each sequence, and padding gets no noise (the paper).
+            `"width"`: L is the padded width and every position gets noise, as in transformers' built-in.
         neftune_schedule (`str`, defaults to `"constant"`):
             Alpha over training: `"constant"`, or `"linear"` or `"cosine"` down to 0.
         neftune_seed (`int`, *optional*):
             Seed of the noise, 64 bits. `None` uses the trainer's `seed`.
         neftune_symmetric (`bool`, defaults to `False`):
             Symmetric pairs ([SymNoise](https://arxiv.org/abs/2312.01523)): each batch is passed twice, with e + s and
-            with e - s, where s is the noise, and its loss is the mean of the two. A step takes twice as long.
+            with e - s, where s is the noise, and the loss is the mean of the two. A step takes twice as long.
 
     Raises:
         NEFTuneConfigError: A value is out of range. The message names the field.
@@ -60,7 +60,7 @@ class NEFTuneConfig:
 
     def __post_init__(self):
         alpha = self.neftune_noise_alpha
-        is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)  # NumPy's too
+        is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)  # also NumPy's
         if alpha is not None and not (is_number and math.isfinite(alpha) and alpha >= 0):
             raise NEFTuneConfigError(
                 f"`neftune_noise_alpha` must be a finite number >= 0 or None, got {alpha!r} "
@@ -74,7 +74,7 @@ class NEFTuneConfig:
         if seed is not None and not (is_integer and 0 <= seed < 2**64):
             raise NEFTuneConfigError(
                 f"`neftune_seed` must be an int from 0 to 2**64 - 1 or None, got {seed!r} ({type(seed).__name__}). "
-                "None takes the trainer's `seed`."
+                "None uses the trainer's `seed`."
             )
         if not isinstance(self.neftune_symmetric, bool):
             raise NEFTuneConfigError(
@@ -84,7 +84,7 @@ class NEFTuneConfig:
 
     @property
     def enabled(self) -> bool:
-        """Whether this run has noise at all."""
+        """Whether alpha is set and not 0."""
         return bool(self.neftune_noise_alpha)
 
 
@@ -92,12 +92,12 @@ FIELDS = tuple(field.name for field in fields(NEFTuneConfig))
 
 
 def merge(given: dict[str, Any], args: Any) -> NEFTuneConfig:
-    """The settings `given` to a callback or a trainer, completed by those of a trainer's `args`.
+    """Merge the settings `given` to a callback or trainer with those in the trainer's `args`.
 
-    A field that both set must be set to the same value. A field of `args` at its default counts as not set.
+    If both set a field, the values must agree. A field of `args` at its default counts as not set.
 
     Raises:
-        NEFTuneConfigError: Both set a field, to different values.
+        NEFTuneConfigError: A field is set to different values.
     """
     defaults = NEFTuneConfig()
     in_args = {name: value for name, value in vars(args).items() if name in FIELDS and value != getattr(defaults, name)}

@@ -10,23 +10,22 @@ from .errors import EmbeddingNotFoundError
 
 _PLACEHOLDER_KEYS = [f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")]
 
-# What DeepSpeed's tensor parallelism puts in the place of an embedding whose weight is tied to a sharded output layer.
+# DeepSpeed's tensor parallelism replaces an embedding tied to a sharded output layer by one of these classes.
 _DEEPSPEED_TABLES = ("VocabParallelEmbedding", "HiddenParallelEmbedding")
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSite:
-    """One place where token ids become embeddings.
+    """A module that turns token ids into embeddings.
 
     Attributes:
         path (`str`): Name of the module in the model, as in `named_modules()`.
-        module (`torch.nn.Module`): The module whose output is the embedding: the one the model calls, adapters
-            included.
+        module (`torch.nn.Module`): The module that the model calls, including adapters.
         embedding_dim (`int`): d, the width of its output.
-        is_decoder (`bool`): Whether it is the decoder's side of an encoder-decoder.
+        is_decoder (`bool`): Whether it belongs to the decoder of an encoder-decoder.
         placeholders (`tuple[int, ...]`): Token ids whose embeddings are overwritten by image, video or audio features.
-        pad_token_id (`int`, *optional*): What pads the ids, by the model's config.
-        pad_is_eos (`bool`): Whether that id also ends a sequence.
+        pad_token_id (`int`, *optional*): The padding id in the model's config.
+        pad_is_eos (`bool`): Whether that id is also an end-of-sequence token.
 
     Example:
 
@@ -51,7 +50,7 @@ class EmbeddingSite:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, FSDP, DeepSpeed and `torch.compile`, in any nesting."""
+    """The model inside DDP, FSDP, DeepSpeed and `torch.compile` wrappers, nested in any order."""
     from accelerate.utils import extract_model_from_parallel
 
     while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
@@ -60,11 +59,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
-    """The modules where token ids really become embeddings when `model` runs.
+    """Find the modules that turn token ids into embeddings in `model`'s forward pass.
 
-    An encoder-decoder has one on each side, since its shared module is a holder of weights that forward never calls. A
-    PEFT model has the ones of its base model, with whatever adapter layer stands in their place. A composite model has
-    those of its text side.
+    In an encoder-decoder these are the encoder's and the decoder's; its shared module only holds the weight and is
+    never called. In a PEFT model they are the base model's, or the adapter layers that replaced them. In a composite
+    model they are the text model's.
 
     Args:
         model (`torch.nn.Module`): A transformers model, bare or wrapped (DDP, FSDP, `torch.compile`, PEFT, a value
@@ -74,7 +73,7 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
         `list[EmbeddingSite]`: In the order of the model's modules, never empty.
 
     Raises:
-        EmbeddingNotFoundError: There is no token embedding. The message says what was asked.
+        EmbeddingNotFoundError: There is no token embedding. The message names the modules that were asked.
 
     Example:
 
@@ -98,19 +97,17 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
     if not sites:
         raise EmbeddingNotFoundError(
-            f"`model` is a {type(root).__name__} in which no token embedding was found: "
-            f"`get_input_embeddings()` of {', '.join(type(m).__name__ for m in asked)} gave no `torch.nn.Embedding`. "
-            "NEFTune needs a model that turns token ids into embeddings; give yours a `get_input_embeddings` method "
-            "that returns that module."
+            f"`model` is a {type(root).__name__} with no token embedding: `get_input_embeddings()` of "
+            f"{', '.join(type(m).__name__ for m in asked)} returned no `torch.nn.Embedding`. If your model embeds "
+            "token ids, give it a `get_input_embeddings` method that returns the embedding module."
         )
     return sites
 
 
 def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
-    """The modules around the site that are told the batch's layout, innermost first.
+    """The ancestors of the site whose forward takes an `attention_mask`, innermost first.
 
-    They are those of its ancestors whose forward takes an `attention_mask`; the innermost that is running when the
-    embedding runs is the one that called it.
+    The innermost one whose forward is running when the embedding runs is the one that called it.
     """
     modules = dict(root.named_modules(remove_duplicate=False))
     depths: dict[nn.Module, int] = {}
@@ -125,16 +122,13 @@ def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
 
 
 def forward_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of the module's forward, in order; of its class's where a looser one replaced it."""
+    """Parameter names of the module's forward, in order; of its class's forward if a wrapper hides `attention_mask`."""
     own = tuple(inspect.signature(module.forward).parameters)
     return own if "attention_mask" in own else tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
-    """The models to ask for their input embeddings.
-
-    Each with whether it is the decoder of an encoder-decoder, and with its config.
-    """
+    """The models to ask for their input embeddings: whether each is an encoder-decoder's decoder, and its config."""
     from transformers import PreTrainedModel
 
     outermost: list[nn.Module] = []
@@ -148,7 +142,7 @@ def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
         config: Any = getattr(model, "config", None)
         if isinstance(model, PreTrainedModel) and config.is_encoder_decoder:
             encoder, decoder = model.get_encoder(), model.get_decoder()
-            if encoder in set(decoder.modules()):  # a composite whose text model is the encoder-decoder
+            if encoder in set(decoder.modules()):  # a composite model whose text model is an encoder-decoder
                 encoder, decoder = decoder, decoder.get_decoder()
             text_models |= {encoder: (False, config), decoder: (True, config)}
         else:
@@ -157,9 +151,9 @@ def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
 
 
 def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
-    """What the model names as its input embedding; the modules tied to it, where it only holds their weight."""
+    """The model's input embedding, or the modules tied to it if it only holds their weight."""
     embedding, config = _ask(text_model), getattr(text_model, "config", None)
-    is_text = "text" in getattr(text_model, "input_modalities", "text")  # a vision tower embeds its patches' positions
+    is_text = "text" in getattr(text_model, "input_modalities", "text")  # a vision tower embeds patch positions
     if embedding is None or (table := _table(embedding)) is None or not is_text:
         return []
     holders = [name for name, module in text_model.named_children() if module is embedding]
@@ -173,24 +167,24 @@ def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
 
 
 def _placeholders(config: Any) -> tuple[int, ...]:
-    """Ids that stand for features of another modality, by the names that transformers' configs give them."""
-    end = ["audio_eos_token_id"] if hasattr(config, "codebook_eos_token_id") else []  # CSM: an audio token too
+    """Placeholder ids for features of other modalities, by their names in transformers' configs."""
+    end = ["audio_eos_token_id"] if hasattr(config, "codebook_eos_token_id") else []  # CSM: also an audio token
     ids = [getattr(config, name, None) for name in _PLACEHOLDER_KEYS + end]
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 
 def _ask(text_model: Any) -> nn.Module | None:
     try:
-        embedding = getattr(text_model, "embed_text_tokens", None)  # CSM, which names the one of its audio codes
+        embedding = getattr(text_model, "embed_text_tokens", None)  # CSM: get_input_embeddings() is for audio
         embedding = text_model.get_input_embeddings() if embedding is None else embedding
-    except (AttributeError, NotImplementedError):  # a side that is a plain module, a speech encoder, no such model
+    except (AttributeError, NotImplementedError):  # a plain module, a speech encoder
         embedding = getattr(text_model, "embed_tokens", None)
-    # Perceiver's are a bare parameter, MusicGen's a list with one for each codebook.
+    # Perceiver returns a bare parameter, MusicGen a list with one embedding per codebook.
     return embedding if isinstance(embedding, nn.Module) and not isinstance(embedding, nn.ModuleList) else None
 
 
 def _table(embedding: nn.Module) -> Any:
-    """The table of vectors in an embedding module, under adapters. Its weight is not looked at: it may be sharded."""
+    """The embedding table inside adapters. Found by class, not by its weight, which may be sharded."""
     return next((module for module in embedding.modules() if _is_table(module)), None)
 
 

@@ -2,7 +2,7 @@
 
 
 class NEFTuneError(ValueError):
-    """Base of every error that this library raises on purpose; catching it catches them all.
+    """Base class of all errors that this library raises on purpose.
 
     Example:
 
@@ -22,7 +22,7 @@ class NEFTuneConfigError(NEFTuneError):
 
 
 class EmbeddingNotFoundError(NEFTuneError):
-    """The model has no place where token ids become embeddings, or none that noise can reach."""
+    """No module of the model turns token ids into embeddings, or none that can be hooked."""
 
 
 class NoNoiseError(NEFTuneError):
@@ -30,13 +30,13 @@ class NoNoiseError(NEFTuneError):
 
 
 class DatasetError(NEFTuneError):
-    """A data file is missing, unreadable, empty or of unknown form, or an output is not this command's own."""
+    """A data file is missing, unreadable, empty or in an unknown format, or an existing output file is not ours."""
 
 
 class NEFTuneWarning(UserWarning):
-    """Noise is added with guessed sequence lengths, or where it does harm."""
+    """Noise is added with guessed sequence lengths, or where it is likely to hurt training."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
+    """The first line of an exception's message, or its class name if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

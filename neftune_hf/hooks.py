@@ -1,4 +1,4 @@
-"""What is put on a model: a wrapper of the forwards that call an embedding, and a forward hook on the embedding."""
+"""What NEFTune installs on a model: wrapped forwards of the embedding's parent modules, and the embedding's hook."""
 
 import contextlib
 import copy
@@ -28,25 +28,25 @@ _RECORDED = (*LAYOUT_ARGUMENTS, "input_ids", "labels", "decoder_attention_mask",
 
 
 class EmbeddingState:
-    """What one embedding's noise depends on, and what has become of it.
+    """State of one embedding: what its noise depends on, and counts.
 
-    Tensors are updated in place: a compiled graph takes them as inputs and is not recompiled.
+    Tensors are updated in place: they are inputs of compiled graphs, so nothing is recompiled.
 
     Attributes:
-        alpha, key: 0-d float32 and int64, for the present step. Alpha is below zero in the second pass of a pair.
-        number, negated: Key and sign once more, for eager code, which must not read them back from a device.
-        power: (2,) float32, the summed powers of noise and embeddings over a sample of tokens, since the last reset.
-        noised: Forward passes in this step that were noised, by eager code and without recomputations.
-        noised_compiled: 0-d int64. The same by compiled code, which cannot count in Python without compiling anew.
-        ran_clean: Whether a pass in this step was not to be noised: in eval mode, or without gradients.
-        calls: Number and arguments of the last noised pass of these ids, for a checkpoint that recomputes the embedding
-            alone; None for ids that were passed with different ones in a step. Weak: they live as long as the ids.
-        shapes: Shapes of the ids of this step's noised passes.
+        alpha, key: 0-d float32 and int64, for the current step. Alpha is negative in the second pass of a pair.
+        number, negated: Key and sign as Python values, so that eager code need not read them back from the device.
+        power: (2,) float32, the powers of noise and embeddings, summed over a sample of tokens since the last reset.
+        noised: Noised forward passes in this step, in eager code and without recomputations.
+        noised_compiled: 0-d int64. The count for compiled code, where a Python counter would force recompilation.
+        ran_clean: Whether a pass in this step was in eval mode or without gradients, and so not noised.
+        calls: `number` and layout arguments of the last noised pass of each ids tensor, for checkpoints that recompute
+            only the embedding; the arguments are None if they differed within a step. Weak references to the ids.
+        shapes: Shapes of the ids in this step's noised passes.
     """
 
     def __init__(self, site: EmbeddingSite):
         self.site = site
-        self.alpha = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        self.alpha = torch.zeros((), dtype=torch.float32, device="cpu")  # regardless of torch's defaults
         self.key = torch.zeros((), dtype=torch.int64, device="cpu")
         self.number, self.negated = 0, False
         self.power = torch.zeros(2, dtype=torch.float32, device="cpu")
@@ -68,14 +68,14 @@ class EmbeddingState:
         self.shapes.clear()
 
     def to(self, device: torch.device) -> None:
-        """Move the tensors, so that no forward pass has to wait for a copy."""
+        """Move the tensors once, so that forward passes need not copy them."""
         if self.key.device != device:
             for name in ("alpha", "key", "power", "noised_compiled", "_earlier_compiled"):
                 setattr(self, name, getattr(self, name).to(device))
 
     @property
     def mark(self) -> tuple[int, ...]:
-        """Shape of an empty tensor that tells key and sign."""
+        """Shape of an empty tensor that encodes key and sign."""
         return 0, self.number, 1 + self.negated
 
     @property
@@ -85,19 +85,19 @@ class EmbeddingState:
 
     @property
     def is_noised(self) -> bool:
-        """Whether a pass in this step was noised. It only synchronises where compiled code may have done it."""
+        """Whether a pass in this step was noised. Synchronises only if no eager pass was."""
         return self.noised > 0 or bool(self.noised_compiled.item())
 
 
 class ModelState:
-    """What the hooks of one handle share.
+    """State shared by the hooks of one handle.
 
     Attributes:
-        running: The layout arguments of each parent module's running forward, by its thread and number.
+        running: The layout arguments of each parent module's running forward, by thread and module number.
         outer: Numbers of the parents that are whole encoder-decoders: their `attention_mask` is the encoder's.
-        ran: Whether a parent ran in training mode, with gradients, since the step began.
+        ran: Whether a parent has run in training mode with gradients in this step.
         embeddings: One state for each embedding.
-        split: The group of processes that share a sequence, if they do.
+        split: The group of processes that sequences are split over, or None.
     """
 
     def __init__(self, sites: list[EmbeddingSite]):
@@ -109,11 +109,11 @@ class ModelState:
 
 
 class RecordedForward:
-    """A parent's forward that keeps its layout arguments while it runs.
+    """Wrapper of a parent module's forward that records its layout arguments while it runs.
 
-    It replaces the attribute `forward` instead of being a pair of hooks: so it also sees a forward that is called past
-    `__call__`, forgets the arguments of one that is interrupted, and is noticed by torch.compile, which has guards on
-    a module's attributes and none on its hooks.
+    Replacing the `forward` attribute has three advantages over a pair of hooks: it works when `forward` is called
+    without `__call__`, it drops the arguments after an exception, and torch.compile, which guards on a module's
+    attributes but not on its hooks, notices it.
     """
 
     def __init__(self, module: nn.Module, number: int, state: ModelState):
@@ -122,17 +122,17 @@ class RecordedForward:
         if "decoder_input_ids" in self.names:
             state.outer.add(number)
         self.replaced = module.__dict__.get("forward")
-        functools.update_wrapper(self, module.forward)  # transformers and accelerate read its signature
+        functools.update_wrapper(self, module.forward)  # transformers and accelerate inspect the signature
 
     def put_on(self) -> "RecordedForward":
-        """Replace the module's forward; where something else has replaced it meanwhile, by a wrapper of that one."""
+        """Replace the module's forward. If something else has replaced it in the meantime, wrap that."""
         if self.module.__dict__.get("forward") is not self.replaced:
             return RecordedForward(self.module, self.number, self.state).put_on()
         self.module.forward = self
         return self
 
     def take_off(self) -> None:
-        """Restore what was there. If something has wrapped it since, it stays, without effect."""
+        """Restore the previous forward. If something has wrapped this one since, it stays, without effect."""
         if self.module.__dict__.get("forward") is not self:
             return
         if self.replaced is None:
@@ -155,14 +155,14 @@ class RecordedForward:
         return copy.deepcopy(self.replaced or types.MethodType(type(self.module).forward, self.module), memo)
 
     def __reduce__(self):
-        # A copy of the module has its own forward as an attribute, and needs nothing of this library.
+        # A copy of the module gets a plain forward as an attribute and does not need this library.
         if self.replaced is not None:
             return copy.copy, (self.replaced,)
-        return getattr, (self.module, "forward")  # called before the copy has attributes: it is its class's
+        return getattr, (self.module, "forward")  # evaluated before the copy has attributes: the class's
 
 
 class NoiseHook:
-    """On an embedding's output: the noise, if the embedding trains and gradients are enabled."""
+    """Forward hook that noises an embedding's output in training mode with gradients enabled."""
 
     def __init__(self, handle: "NEFTuneHandle", state: ModelState, index: int, parents: list[int]):
         self.handle, self.state, self.parents = handle, state, parents
@@ -208,9 +208,9 @@ class NoiseHook:
         compiling = torch.compiler.is_compiling()
         if split is None and not compiling and is_in_context_parallel():
             raise NEFTuneError(
-                "The sequences are split over processes by torch's `context_parallel`, and accelerate does not say "
-                "over which. Make an `Accelerator` with `ParallelismConfig(cp_size=...)`, use its "
-                "`maybe_context_parallel`, and call `attach` after that; or set `neftune_noise_alpha=None`."
+                "torch's `context_parallel` splits the sequences over processes, and accelerate does not know which. "
+                "Create an `Accelerator` with `ParallelismConfig(cp_size=...)`, use its `maybe_context_parallel`, and "
+                "call `attach` after that; or set `neftune_noise_alpha=None`."
             )
         if split is not None and (compiling or split.is_active()):
             given, ids, columns = whole_call(split, given, ids, site)
@@ -231,30 +231,30 @@ class NoiseHook:
         return call
 
     def arguments_of_recomputation(self, ids: torch.Tensor) -> CallArguments:
-        """Inside backward: a checkpoint repeats a pass, and has to get the noise that the first pass had."""
+        """Arguments for a pass that a checkpoint recomputes in backward: it must get the noise of the first pass."""
         embedding = self.embedding
         number, call = embedding.calls.get(ids, (embedding.number, None))
         if ids.shape in embedding.shapes and number == embedding.number:
             if self.running():
                 return self.arguments(ids)
-            if call is not None:  # of the embedding alone
+            if call is not None:  # only the embedding is recomputed
                 return call
             if not self.parents:
                 return self.arguments(ids)
         raise NEFTuneError(
-            f"A backward pass runs {embedding.site} again, and its noise in the first pass is not known: either that "
+            f"A backward pass recomputes {embedding.site}, whose noise in the first pass is not known: either that "
             "pass had no gradients, as in a reentrant checkpoint (pass `use_reentrant=False`) or in a loss that caches "
-            "embeddings (use the loss that does not), or the optimizer stepped between the two (call `backward()` "
+            "embeddings (use the variant that does not), or the optimizer stepped between the two (call `backward()` "
             "before `step()`)."
         )
 
     def running(self) -> dict[int, dict[str, Any]]:
-        """The layout arguments of the parents that run in this thread, by their numbers, innermost first."""
+        """The layout arguments of the parents running in this thread, by number, innermost first."""
         thread, running = _thread(), self.state.running
         return {number: running[thread, number] for number in self.parents if (thread, number) in running}
 
     def given(self) -> dict[str, Any]:
-        """The layout arguments of the module that calls the embedding; of one further out where it has none."""
+        """The layout arguments of the innermost running parent that was given any; merged for a decoder."""
         running = self.running()
         if not self.embedding.site.is_decoder:
             told = list(running.values())
@@ -270,18 +270,18 @@ class NoiseHook:
         return merged
 
     def is_no_token_of_the_batch(self, ids: torch.Tensor) -> bool:
-        """Whether this is a single id that a multimodal model looks up, such as the one of a line break in an image."""
+        """Whether a multimodal model embeds special ids by themselves, such as the line break in an image."""
         input_ids = self.given().get("input_ids")
         return ids.dim() == 0 or (ids.dim() == 1 and input_ids is not None and input_ids.numel() != ids.numel())
 
     def refuse_reentrant_checkpoint(self, module: nn.Module) -> None:
-        """A reentrant checkpoint runs its first pass without gradients: clean now, it would be noised in backward."""
+        """Raise inside a reentrant checkpoint: its first pass has no gradients and is clean, the recomputed is not."""
         frame = sys._getframe(2) if module.training else None
         while frame is not None:
             if frame.f_code is CheckpointFunction.forward.__code__:
                 raise NEFTuneError(
-                    f"{self.embedding.site} is inside a reentrant checkpoint, whose first pass has no gradients and so "
-                    "no noise. Pass `use_reentrant=False` to `torch.utils.checkpoint.checkpoint`."
+                    f"{self.embedding.site} is inside a reentrant checkpoint, whose first pass runs without gradients "
+                    "and so without noise. Pass `use_reentrant=False` to `torch.utils.checkpoint.checkpoint`."
                 )
             frame = frame.f_back
 
@@ -291,7 +291,7 @@ def _thread() -> int:
 
 
 def _are_same(call: CallArguments, other: CallArguments | None) -> bool:
-    """Whether both have the same tensors; their values are not compared, which would wait for the device."""
+    """Whether both hold the same tensors. Compares pointers, not values, which would synchronise with the device."""
     if other is None:
         return False
     pairs = [(value, vars(other)[name]) for name, value in vars(call).items()]
@@ -303,11 +303,11 @@ def _are_same(call: CallArguments, other: CallArguments | None) -> bool:
     )
 
 
-_nothing: Callable[..., None] = contextlib.nullcontext().__exit__  # stands in for the hook in copies of the module
+_nothing: Callable[..., None] = contextlib.nullcontext().__exit__  # replaces the hook in copies of the module
 
 
 def remove_copied_hooks(module: nn.Module) -> None:
-    """Take off what copying a hooked module has left on the copy, so that copies of copies do not gather it."""
+    """Remove the no-op hooks left on a copy of a hooked module, so that they do not pile up in further copies."""
     for number, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__func__", None) is contextlib.nullcontext.__exit__:
             del module._forward_hooks[number]
@@ -315,13 +315,13 @@ def remove_copied_hooks(module: nn.Module) -> None:
 
 
 def refuse_other_neftune(module: nn.Module) -> None:
-    """Refuse an embedding that something else noises too: transformers' built-in, another library's."""
+    """Refuse an embedding that something else noises too: transformers' built-in or another library."""
     for inner in module.modules():
         for hook in inner._forward_hooks.values():
             name = getattr(hook, "__qualname__", type(hook).__qualname__)
             if "neftune" in name.lower():
                 raise NEFTuneError(
                     f"`{name}` of {getattr(hook, '__module__', type(hook).__module__)} adds NEFTune noise to the same "
-                    f"{type(inner).__name__}, and the noise would be doubled. Set `neftune_noise_alpha` in one place "
-                    "only, or give the trainer a `NEFTuneCallback`, which takes the place of transformers' built-in."
+                    f"{type(inner).__name__}, so the noise would be doubled. Set `neftune_noise_alpha` in one place "
+                    "only, or give the trainer a `NEFTuneCallback`, which replaces transformers' built-in."
                 )

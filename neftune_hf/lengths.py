@@ -1,4 +1,4 @@
-"""Each token's sequence from a forward call's arguments: its length L, the position in it, and its hash."""
+"""From a forward call's arguments: the length L and hash of each token's sequence, and the token's position in it."""
 
 import functools
 import operator
@@ -18,7 +18,7 @@ _IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class CallArguments:
-    """What a forward call says about the layout of its batch; every tensor is on the device of `input_ids`.
+    """The arguments of a forward call that determine its batch layout, all on the device of `input_ids`.
 
     Attributes:
         input_ids: (batch, length).
@@ -26,9 +26,9 @@ class CallArguments:
         position_ids: (batch or 1, length).
         cu_seqlens: (documents + 1,).
         labels: (batch, length). Tokens after the last label other than `ignored_label` are padding.
-        token_mask: (batch, length), False where no token of text is.
-        is_time_major: Whether the ids were looked up as (length, batch).
-        own_columns: Of the whole sequences, those that this process embeds, where several share a sequence.
+        token_mask: (batch, length), False where there is no text token.
+        is_time_major: Whether the ids were embedded as (length, batch).
+        own_columns: The columns that this process embeds, if sequences are split over processes.
     """
 
     input_ids: torch.Tensor
@@ -50,14 +50,14 @@ def sequence_lengths(
     token_mask: torch.Tensor | None = None,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Each token's L, the number of real tokens of its sequence. Arguments as for [`sequence_layout`].
+    """Each token's L, the number of real tokens in its sequence. Other arguments are as for [`sequence_layout`].
 
     Args:
         batch_shape (`tuple[int, int]`): (batch, length) of the token ids.
-        device (`torch.device`, *optional*): Where the result is, if no tensor is given.
+        device (`torch.device`, *optional*): Device of the result if no tensor is given.
 
     Returns:
-        `torch.Tensor`: int64 of `batch_shape`; 0 marks padding and what does not count.
+        `torch.Tensor`: int64 of `batch_shape`; 0 for padding and for positions that do not count.
 
     Example:
 
@@ -83,28 +83,28 @@ def sequence_layout(
     cu_seq_lens_q: torch.Tensor | None = None,
     token_mask: torch.Tensor | None = None,
 ) -> SequenceLayout:
-    """Each token's sequence, from the arguments that transformers' models take and TRL's collators make.
+    """Each token's sequence, from the arguments that transformers' models take and TRL's collators produce.
 
-    A row is one sequence unless something says that it holds several, one after the other: `cu_seq_lens_q`; or else
-    `position_ids` that do not rise from one token to the next, or an `attention_mask` that numbers the documents, or in
-    whose 4-dimensional form neither of two neighbouring tokens may attend to the other.
-    `attention_mask` also says what is padding, and so does the end of `cu_seq_lens_q`.
-    There is no data-dependent shape and no synchronisation with the device.
+    A row is one sequence unless the arguments say that it is packed. Documents are separated by `cu_seq_lens_q` if it
+    is given; otherwise a document starts where `position_ids` do not increase, where an `attention_mask` with document
+    numbers changes, or where a 4-dimensional mask lets neither of two neighbouring tokens attend to the other.
+    Padding is what `attention_mask` masks and what follows the end of `cu_seq_lens_q`.
+    There are no data-dependent shapes and no synchronisation with the device.
 
     Args:
         input_ids (`torch.Tensor`): (batch, length).
-        attention_mask (`torch.Tensor`, *optional*): (batch, length), non-zero for real tokens; a different number for
-            each document where a row holds several. Longer than the ids when a cache or virtual tokens stand before
-            them, shorter when the model pads its ids. Or (batch or 1, 1, length, length), boolean or additive, causal
-            or not, with or without a sliding window: a token is real if it may attend to itself.
-        position_ids (`torch.Tensor`, *optional*): (batch or 1, length), rising within a document.
+        attention_mask (`torch.Tensor`, *optional*): (batch, length), non-zero for real tokens; in a packed row it may
+            have a different number for each document. Longer than the ids if a cache or virtual tokens precede them,
+            shorter if the model pads its ids. Or (batch or 1, 1, length, length), boolean or additive, causal or not,
+            with or without a sliding window: a token is real if it may attend to itself.
+        position_ids (`torch.Tensor`, *optional*): (batch or 1, length), increasing within a document.
         cu_seq_lens_q (`torch.Tensor`, *optional*): (documents + 1,), cumulative lengths of the documents in the
             flattened batch.
-        token_mask (`torch.Tensor`, *optional*): (batch, length), False where no token of text is, such as positions
-            that image features overwrite; they do not count.
+        token_mask (`torch.Tensor`, *optional*): (batch, length), False for positions that do not count because they
+            hold no text token, such as those that image features overwrite.
 
     Returns:
-        [`SequenceLayout`]: Lengths, positions and hashes, each int64 of (batch, length).
+        [`SequenceLayout`]: Lengths, positions and hashes, each int64 of shape (batch, length).
 
     Example:
 
@@ -125,7 +125,7 @@ def sequence_layout(
 
 
 def layout_of_call(call: CallArguments) -> SequenceLayout:
-    """[`sequence_layout`] of arguments whose shapes fit, for the columns that this process embeds."""
+    """[`sequence_layout`] for arguments of matching shapes, restricted to the columns that this process embeds."""
     layout = _layout_of_whole(call)
     if call.own_columns is None:
         return layout
@@ -149,10 +149,10 @@ def _layout_of_whole(call: CallArguments) -> SequenceLayout:
     if call.cu_seqlens is not None:
         place = torch.arange(batch * width, device=ids.device).view(batch, width)
         document = torch.searchsorted(call.cu_seqlens.to(place), place, right=True)
-        is_padding = is_padding | (document == len(call.cu_seqlens))  # what is after the last document
+        is_padding = is_padding | (document == len(call.cu_seqlens))  # after the last document
 
-    # Each position is compared with the one before it that is not padding, if there is one in its row. It may hold a
-    # feature of an image: a document can begin with one.
+    # Compare each position with the previous one in its row that is not padding. Image positions are included, because
+    # a document can begin with an image.
     seen = torch.where(is_padding, -1, column).cummax(dim=1).values
     before = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
     begins = before < 0
@@ -171,7 +171,7 @@ def _layout_of_whole(call: CallArguments) -> SequenceLayout:
     begins = begins & ~is_padding
     real = ~is_padding if call.token_mask is None else ~is_padding & call.token_mask
 
-    # A sequence's id is the position of its beginning in the flattened batch.
+    # A sequence's id is the index of its first position in the flattened batch.
     first = torch.where(begins, column, 0).cummax(dim=1).values
     earlier = real.cumsum(dim=1) - real.long()
     positions = fusion_barrier((earlier - earlier.gather(1, first)) * real)
@@ -191,24 +191,24 @@ def arguments_of_call(
     is_decoder: bool = False,
     pad_is_eos: bool = False,
 ) -> CallArguments:
-    """What the module that calls the embedding was `given`, brought to the shape of the `ids` that are looked up.
+    """The layout arguments `given` to the embedding's parent module, reshaped to match the embedded `ids`.
 
-    Ids that are flat or time-major become (batch, length). What is not understood is left out, with one warning that
-    names it: a mask that is no tensor, positions with more than one meaning (M-RoPE).
+    Flat or time-major ids become (batch, length). Arguments of unknown form, such as a mask that is not a tensor or
+    M-RoPE's positions, are ignored; if none is left, a warning names them.
 
     Args:
-        given: Arguments of the calling module's forward: those of [`sequence_layout`], and `labels`.
+        given: Arguments of the parent module's forward: those of [`sequence_layout`], and `labels`.
         ids: Token ids, of any shape.
         placeholders: Ids whose embeddings image, video or audio features overwrite.
-        pad_token_id: What pads ids that come without a mask of their own.
-        is_decoder: Whether these are a decoder's inputs, the labels shifted right.
-        pad_is_eos: Whether `pad_token_id` also ends a sequence.
+        pad_token_id: The padding id, for ids without a mask of their own.
+        is_decoder: Whether the ids are a decoder's inputs, the labels shifted right.
+        pad_is_eos: Whether `pad_token_id` is also an end-of-sequence token.
     """
     mask, positions, cu_seqlens = (given.get(name) for name in LAYOUT_ARGUMENTS)
     input_ids, labels = given.get("input_ids"), given.get("labels")
-    if isinstance(mask, Mapping):  # transformers' models of several kinds of attention
+    if isinstance(mask, Mapping):  # one mask per attention type
         mask = mask.get("full_attention")
-    if _is_tensor(positions, 3) and positions.shape[0] == 4:  # M-RoPE with the positions of the text before it
+    if _is_tensor(positions, 3) and positions.shape[0] == 4:  # M-RoPE: row 0 has the text positions
         positions = positions[0]
     if ids.dim() != 2:
         width = mask.shape[1] if _is_tensor(mask, 2) and mask.numel() == ids.numel() else ids.shape[-1]
@@ -217,7 +217,7 @@ def arguments_of_call(
     ids = ids.T if time_major else ids
     batch, width = ids.shape
     call = CallArguments(ids, is_time_major=time_major)
-    is_other = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # LED's padding, say
+    is_other = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # such as ids that LED pads
     if is_other:
         mask = mask if _is_tensor(mask, 2) and mask.shape == ids.shape else None
         positions = positions if _is_tensor(positions, 2) and positions.shape == ids.shape else None
@@ -232,8 +232,8 @@ def arguments_of_call(
     if not known and is_decoder and _is_tensor(labels, 2) and labels.shape == ids.shape:
         call, known = replace(call, labels=labels), True
     elif not known and is_decoder and pad_token_id is not None:
-        # The label of a position is the input of the next one. Of the last, all that is known is whether it is padded.
-        # Where the end of a sequence looks like padding, it is the label of the last position that does not.
+        # A position's label is the next position's input; the last one's is unknown, and its own id stands in for it.
+        # If eos is the padding id, the last real position, whose label is eos, is the last one that is not padding.
         labels = ids if pad_is_eos else torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
         call, known = replace(call, labels=labels, ignored_label=pad_token_id), True
     elif not known and is_other and pad_token_id is not None:
@@ -241,7 +241,7 @@ def arguments_of_call(
     if not known:
         _warn_of_width(_described(given))
     if placeholders:
-        # Some models put padding in the placeholders' stead before they look up.
+        # Some models replace placeholders by padding before they embed, so look at the original ids.
         original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
         text: Any = functools.reduce(operator.and_, (original != placeholder for placeholder in placeholders))
         call = replace(call, token_mask=text if call.token_mask is None else text & call.token_mask)
@@ -249,9 +249,9 @@ def arguments_of_call(
 
 
 def _is_time_major(ids: torch.Tensor, input_ids: Any, mask: Any) -> bool:
-    """Whether the ids were transposed on their way to the embedding, as XLNet does.
+    """Whether the model transposed the ids before embedding them, as XLNet does.
 
-    The shapes say it. A square batch has to be compared, which synchronises; it is not where the tensor is the same.
+    Decided by the shapes. Only for a square batch in another tensor are the values compared, which synchronises.
     """
     outer = input_ids if _is_tensor(input_ids, 2) else mask
     if not _is_tensor(outer, 2) or ids.shape != outer.shape[::-1]:
@@ -266,11 +266,11 @@ def _is_time_major(ids: torch.Tensor, input_ids: Any, mask: Any) -> bool:
 
 
 def _normalised_mask(mask: torch.Tensor, shape: torch.Size | tuple[int, int]) -> torch.Tensor:
-    """(batch, length) as wide as the ids, or (batch or 1, length, length)."""
+    """The mask as (batch, length), as wide as the ids, or as (batch or 1, length, length)."""
     width = shape[1]
     if mask.dim() == 4:
         return mask[:, 0]
-    if mask.shape[1] >= width:  # what stands before the ids is a cache, or virtual tokens
+    if mask.shape[1] >= width:  # a cache or virtual tokens precede the ids
         return mask[:, mask.shape[1] - width :]
     return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
 
@@ -288,14 +288,14 @@ def _described(given: Mapping[str, Any]) -> str:
     return ", ".join(seen) or "no `attention_mask`"
 
 
-@torch._dynamo.assume_constant_result  # so that a compiler warns while it traces
+@torch._dynamo.assume_constant_result  # so that the warning is issued while tracing
 def _warn_of_width(seen: str) -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
         return  # all processes make the same calls
     warnings.warn(
-        f"NEFTune takes the padded width as L: the module that calls the embedding was given {seen}. Pass "
-        "`attention_mask`, or `position_ids` that restart at each document, for the paper's noise.",
+        f"NEFTune uses the padded width as L, because the parent module of the embedding was called with {seen}. For "
+        "the paper's noise, pass `attention_mask`, or `position_ids` that restart at each document.",
         NEFTuneWarning,
         stacklevel=2,
     )

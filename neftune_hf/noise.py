@@ -1,13 +1,13 @@
-"""The noise as a pure function of the sequence: the formula in the paper's symbols, and its counter-based random bits.
+"""The noise as a pure function of the sequence: the paper's formula and counter-based random bits.
 
     e' = e + alpha / sqrt(L * d) * u                                   (Jain et al. 2023, arXiv 2310.05914)
 
     key of a sequence = hash(seed, step, embedding, sum over its tokens of hash(id, position))
     u of an element   = hash(key of its sequence, position in its sequence, channel)
 
-There is no generator and no counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so torch's
-generators are never touched and a sequence has the same noise in any batch, on any process and in any recomputation.
-Keys and tokens are hashed with splitmix64 (Steele et al. 2014), elements with the 32-bit finaliser by Wellons
+There is no generator state (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so torch's
+generators are never touched and a sequence gets the same noise in any batch, on any process and in any recomputation.
+Keys and tokens are hashed with splitmix64 (Steele et al. 2014), elements with Wellons' 32-bit finaliser
 (https://github.com/skeeto/hash-prospector).
 """
 
@@ -19,14 +19,14 @@ import torch
 
 from .errors import NEFTuneConfigError
 
-# u by its quantile function, from a number that is uniform on (-1, 1). All have variance 1/3.
+# Map a number uniform on (-1, 1) to u by the quantile function. Every u has variance 1/3.
 NOISE_TYPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "uniform": lambda uniform: uniform,
     "gaussian": lambda uniform: torch.erfinv(uniform) * math.sqrt(2 / 3),
     "bernoulli": lambda uniform: uniform.sign() * math.sqrt(1 / 3),
 }
 
-MEASURED_TOKENS = 32  # of each batch, evenly spread: where the noise is compared with the embeddings
+MEASURED_TOKENS = 32  # evenly spaced tokens of each batch, used to measure the noise-to-embedding ratio
 
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment
@@ -35,10 +35,10 @@ _M1, _M2 = 0x7FEB352D, 0x846CA68B - 2**32
 
 
 class SequenceLayout(NamedTuple):
-    """What the noise needs to know of each token. Integer tensors of one shape, that of the token ids.
+    """What the noise depends on for each token. Integer tensors with the shape of the token ids.
 
     Attributes:
-        lengths: L, the number of real tokens of the token's sequence; 0 on padding.
+        lengths: L, the number of real tokens in the token's sequence; 0 for padding.
         positions: Position in the sequence, counted over its real tokens from 0.
         hashes: Sum over the sequence's real tokens of [`token_hash`] (int64, modulo 2^64).
     """
@@ -49,11 +49,11 @@ class SequenceLayout(NamedTuple):
 
 
 def noise_key(seed: int, step: int = 0, embedding: int = 0) -> int:
-    """64-bit key of one embedding at one optimisation step, in [-2^63, 2^63).
+    """64-bit key of one embedding at one optimizer step, in [-2^63, 2^63).
 
     Args:
         seed (`int`): `neftune_seed`, 64 bits.
-        step (`int`): Optimisation step from 0, 64 bits.
+        step (`int`): Optimizer step, from 0, 64 bits.
         embedding (`int`): Index of the embedding in [`find_input_embeddings`].
 
     Example:
@@ -71,11 +71,11 @@ def noise_key(seed: int, step: int = 0, embedding: int = 0) -> int:
 
 
 def scheduled_alpha(alpha: float, schedule: str, step: int, max_steps: int) -> float:
-    """Alpha at optimisation step `step` (from 0) of `max_steps`.
+    """Alpha at optimizer step `step` (from 0) of `max_steps`.
 
     `"constant"`: alpha. `"linear"`: alpha * (1 - step / max_steps). `"cosine"`: alpha / 2 * (1 + cos(pi * step /
     max_steps)).
-    A function of the step alone, so a resumed run needs no saved state.
+    It depends on the step alone, so a resumed run needs no saved state.
 
     Example:
 
@@ -92,18 +92,18 @@ def scheduled_alpha(alpha: float, schedule: str, step: int, max_steps: int) -> f
 
 
 def token_hash(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """hash(id, position) as int64. Two tokens of one sequence never share theirs: the hash is a bijection."""
+    """hash(id, position) as int64. It is a bijection, so no two tokens of a sequence collide."""
     return _mix64(ids + (positions << 32) + _signed(_GOLDEN))
 
 
 def random_words(layout: SequenceLayout, d: int, key: torch.Tensor | int) -> torch.Tensor:
-    """Random integers: a function of `key` and of each token's sequence, position and channel.
+    """Random integers: a function of `key` and of each element's sequence, position and channel.
 
-    A token has 64 bits, from its sequence's key and its position, and a channel 32. The first half of the token's
-    is added to the channel's, the second half comes in between the two rounds of the hash.
+    A token has two 32-bit words, from its sequence's key and its position; a channel has one. The token's first word
+    is added to the channel's before the hash, the second between its two rounds.
 
     Returns:
-        `torch.Tensor`: int32 of shape (..., d), the upper 25 bits of which are meant for use.
+        `torch.Tensor`: int32 of shape (..., d). Use the upper 25 bits.
     """
     first, second = token_words(layout, key)
     x = first.unsqueeze(-1) + channel_words(d, first.device)
@@ -112,7 +112,7 @@ def random_words(layout: SequenceLayout, d: int, key: torch.Tensor | int) -> tor
 
 
 def token_words(layout: SequenceLayout, key: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two int32 words of each token: splitmix64's output for its position, in the stream of its sequence's key."""
+    """The two int32 words of each token: splitmix64, seeded with the sequence's key, at the token's position."""
     sequence_key = _mix64(layout.hashes ^ key)
     x = _mix64(sequence_key + (layout.positions + 1) * _signed(_GOLDEN))
     return fusion_barrier(x.to(torch.int32)), fusion_barrier((x >> 32).to(torch.int32))
@@ -127,19 +127,19 @@ def channel_words(d: int, device: torch.device | None = None) -> torch.Tensor:
 
 
 def unit_noise(words: torch.Tensor, noise_type: str = "uniform") -> torch.Tensor:
-    """u as float32, of variance 1/3, from random words.
+    """u as float32, with variance 1/3, from random words.
 
-    `"uniform"`: odd multiples of 2^-24, symmetric about 0 and never +-1. `"gaussian"`: its normal quantile over
-    sqrt(3). `"bernoulli"`: its sign over sqrt(3).
+    `"uniform"`: odd multiples of 2^-24, symmetric about 0 and never +-1. `"gaussian"`: the normal quantile of the
+    uniform number, divided by sqrt(3). `"bernoulli"`: its sign, divided by sqrt(3).
 
     Raises:
-        NEFTuneConfigError: There is no such type.
+        NEFTuneConfigError: The noise type is unknown.
     """
     return quantile_function(noise_type)(((words >> 7) | 1).float() * 2.0**-24)
 
 
 def quantile_function(noise_type: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From numbers that are uniform on (-1, 1) to u of this type."""
+    """The function that maps numbers uniform on (-1, 1) to u."""
     if noise_type not in NOISE_TYPES:
         raise NEFTuneConfigError(
             f"`neftune_noise_type` must be one of {', '.join(map(repr, NOISE_TYPES))}, got {noise_type!r}."
@@ -148,13 +148,13 @@ def quantile_function(noise_type: str) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def noise_scale(lengths: torch.Tensor, d: int, neftune_noise_alpha: torch.Tensor | float) -> torch.Tensor:
-    """alpha / sqrt(L * d) for each token as float32; 0 where L is 0, which marks padding.
+    """alpha / sqrt(L * d) for each token as float32; 0 for padding, where L is 0.
 
     Args:
-        lengths: Integers of any shape, each token's L.
+        lengths: Each token's L, integers of any shape.
         d: Embedding dimension.
     """
-    # In float64 and rounded once: torch's float32 square root on a CPU may be off by a last place, a GPU's is not.
+    # In float64, rounded once: torch's float32 square root is correctly rounded on GPU, but not always on CPU.
     wide = torch.float32 if lengths.device.type == "mps" else torch.float64
     alpha = torch.as_tensor(neftune_noise_alpha, dtype=torch.float32).to(wide)
     scale = (alpha / (lengths.clamp(min=1) * d).to(wide).sqrt()).float() * (lengths > 0)
@@ -182,15 +182,15 @@ def add_noise(
     key: torch.Tensor | int,
     neftune_noise_type: str = "uniform",
 ) -> torch.Tensor:
-    """NEFTune on a batch of embeddings: e' = e + alpha / sqrt(L * d) * u (Jain et al. 2023, arXiv 2310.05914).
+    """Add NEFTune noise to a batch of embeddings: e' = e + alpha / sqrt(L * d) * u (Jain et al. 2023).
 
-    Scale, u and sum are computed in float32 (the sum in float64 where `embeddings` are) and rounded once. The noise is
-    a constant: the gradient passes unchanged. This is the readable reference that every faster path equals.
+    Scale, u and sum are computed in float32 (the sum in float64 for float64 `embeddings`) and rounded once. The noise
+    is a constant, so the gradient passes through unchanged. This is the reference for the faster kernels.
 
     Args:
         embeddings (`torch.Tensor`): (..., d), floating point.
         layout ([`SequenceLayout`]): Each token's sequence, from [`sequence_layout`].
-        neftune_noise_alpha (`float`): The paper's alpha; below zero for the second half of a symmetric pair.
+        neftune_noise_alpha (`float`): The paper's alpha; negative in the second pass of a symmetric pair.
         key (`int`): From [`noise_key`].
         neftune_noise_type (`str`): As in [`NEFTuneConfig`].
 
@@ -198,9 +198,9 @@ def add_noise(
         `torch.Tensor`: e', a new tensor with the shape and dtype of `embeddings`.
 
     Raises:
-        NEFTuneConfigError: There is no such noise type.
+        NEFTuneConfigError: The noise type is unknown.
 
-    Example: the noise of step 1,000 of a run with seed 42, computed again.
+    Example: recompute the noise of step 1,000 of a run with seed 42.
 
     ```python
     >>> import torch
@@ -216,7 +216,7 @@ def add_noise(
     u = unit_noise(random_words(layout, embeddings.shape[-1], key), neftune_noise_type)
     scale = noise_scale(layout.lengths, embeddings.shape[-1], neftune_noise_alpha)
     compute_dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    # e + scale * u; where the processor can, rounded once
+    # e + scale * u, as a fused multiply-add where the hardware has one
     noised = torch.addcmul(embeddings.to(compute_dtype), scale.unsqueeze(-1).to(compute_dtype), u.to(compute_dtype))
     return noised.to(embeddings.dtype)
 
@@ -226,7 +226,7 @@ def _signed(x: int) -> int:
 
 
 def _mix64_int(x: int) -> int:
-    """splitmix64's finaliser, a bijection of 64-bit integers."""
+    """splitmix64's finaliser, a bijection on 64-bit integers."""
     x &= _MASK64
     x = ((x ^ (x >> 30)) * _S1) & _MASK64
     x = ((x ^ (x >> 27)) * _S2) & _MASK64
@@ -234,16 +234,16 @@ def _mix64_int(x: int) -> int:
 
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:
-    """The same on int64 tensors; masks undo the sign extension of the shifts."""
+    """`_mix64_int` on int64 tensors; the masks undo the shifts' sign extension."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_S1)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_S2)
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def fusion_barrier(x: torch.Tensor) -> torch.Tensor:
-    """x, materialised. A compiler would fold it into the loop over all elements, and compute it anew for each.
+    """Materialise x. A compiler would otherwise fuse it into the loop over all elements and recompute it for each.
 
-    Inductor 2.13 even computed garbage on a CPU where it fused a gather, or int64 hashes of tokens, into an int32 loop.
+    Inductor 2.13 on CPU even computes wrong values when it fuses a gather or the int64 token hashes into an int32 loop.
     """
     if not torch.compiler.is_compiling():
         return x

@@ -1,4 +1,4 @@
-"""`noise.add_noise` on the output of an embedding, by the fastest way its device has, with an identity gradient."""
+"""`noise.add_noise` for the output of an embedding, by the fastest path for its device, with an identity gradient."""
 
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from . import cpu
 
 
 class Part(NamedTuple):
-    """What a process has of embeddings that are sharded.
+    """This process's part of sharded embeddings.
 
     Attributes:
-        shape: Of the whole embeddings, (*shape of the ids, d).
+        shape: Shape of the full embeddings, (*shape of the ids, d).
         own: This process's slice of each dimension.
     """
 
@@ -34,18 +34,18 @@ def add_noise_to_call(
     mark: tuple[int, ...] = (),
     part: Part | None = None,
 ) -> torch.Tensor:
-    """e' = e + alpha / sqrt(L * d) * u, for the ids that a forward call looked up.
+    """e' = e + alpha / sqrt(L * d) * u, for the ids embedded in a forward call.
 
     Args:
-        embeddings (`torch.Tensor`): The embedding module's output for `call.input_ids`; it is not written to.
-        neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`. Below zero,
-            alpha turns the noise's sign.
-        power (`torch.Tensor`): (2,) float32. The summed powers of noise and embeddings, over a sample of the real
+        embeddings (`torch.Tensor`): The embedding module's output for `call.input_ids`; not modified.
+        neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`. A negative
+            alpha flips the sign of the noise.
+        power (`torch.Tensor`): (2,) float32. The powers of noise and embeddings, summed over a sample of the real
             tokens, are added to it.
-        by_width (`bool`): Take each row, with its padding, for one sequence.
-        mark (`tuple[int, ...]`): A shape of no elements that tells key and sign: torch refuses a checkpoint that
-            repeats a pass with another one (`CheckpointError`).
-        part ([`Part`], *optional*): Which part of the call's embeddings this process has.
+        by_width (`bool`): Treat each row, padding included, as one sequence.
+        mark (`tuple[int, ...]`): Shape of an empty tensor that encodes key and sign. If a checkpoint recomputes a pass
+            with a different one, torch raises `CheckpointError`.
+        part ([`Part`], *optional*): This process's part of the call's embeddings.
 
     Returns:
         `torch.Tensor`: e', a new tensor, whose gradient with respect to `embeddings` is the identity.
@@ -58,10 +58,10 @@ def add_noise_to_call(
 
 
 class _AddNoise(torch.autograd.Function):
-    """The noise is a constant of the graph: nothing is kept for backward but an empty tensor.
+    """The noise is a constant of the graph, so only an empty tensor is saved for backward.
 
-    A checkpoint compares number and shapes of what is saved in its two passes. So it notices a noise that is in one of
-    them only, and, since the shape is the mark, another noise.
+    A checkpoint compares the number and shapes of the tensors saved in its two passes. The mark is a shape, so the
+    checkpoint detects noise that is in one pass only or differs between the two.
     """
 
     @staticmethod
@@ -79,7 +79,7 @@ class _AddNoise(torch.autograd.Function):
 
 
 def _on_local(add, embeddings, *arguments) -> torch.Tensor:
-    """`add` on the process's own tensor of a DTensor."""
+    """Call `add` on the local tensor of a DTensor."""
     if not isinstance(embeddings, DTensor):
         return add(embeddings, *arguments)
     noised = add(embeddings.to_local(), *arguments)
@@ -134,7 +134,7 @@ def _with_layout(add, embeddings, call, alpha, key, noise_type, power, part=None
         _measure(embeddings, layout.lengths, alpha * (embeddings.shape[-1] / shape[-1]) ** 0.5, power)
     if embeddings.shape[-1] == shape[-1]:
         return add(embeddings, layout, alpha, key, noise_type)
-    # Of some channels only: the bits are those of the whole, so that is what is made.
+    # A shard of the channels: compute the noise of all channels, so that the bits are the same, and slice.
     channels = part.own[-1]
     wide = torch.nn.functional.pad(embeddings, (channels.start, shape[-1] - channels.stop))
     return add(wide, layout, alpha, key, noise_type)[..., channels].contiguous()
@@ -142,7 +142,7 @@ def _with_layout(add, embeddings, call, alpha, key, noise_type, power, part=None
 
 @torch.no_grad()
 def _measure(embeddings: torch.Tensor, lengths: torch.Tensor, alpha: torch.Tensor, power: torch.Tensor) -> None:
-    """Add a sample's powers: of the noise alpha^2 / (3 L) for each token, of the embeddings their squared norm."""
+    """Add a sample's powers: alpha^2 / (3 L) per token for the noise, the squared norms for the embeddings."""
     chosen = torch.arange(MEASURED_TOKENS, device=lengths.device) * lengths.numel() // MEASURED_TOKENS
     lengths = lengths.reshape(-1)[chosen]
     sample = embeddings.detach().reshape(-1, embeddings.shape[-1])[chosen]

@@ -1,11 +1,11 @@
-"""The noise of `noise.py` on a CPU, in blocks that fit in the cache: the same random integers, the same sums."""
+"""The noise of `noise.py` on CPU, in blocks that fit in the cache, with the same random integers and sums."""
 
 import torch
 
 from ..noise import SequenceLayout, channel_words, noise_scale, quantile_function, token_words
 
-_BLOCK = 255 * 1024  # elements: an int32 buffer of this size is under 1 MiB, and there are two
-# Tensors, since a Python number costs each operation 2 microseconds of its 10 to 30.
+_BLOCK = 255 * 1024  # elements; each of the two int32 buffers is under 1 MiB
+# Tensors, because a Python number adds 2 microseconds to operations that take 10 to 30.
 _CONSTANTS = [16, 15, 2**16 - 1, 2**17 - 1, -(2**7), 2**7, 0x7FEB352D, 0x846CA68B - 2**32]
 _16, _15, _LOW16, _LOW17, _HIGH25, _BIT7, _M1, _M2 = torch.tensor(_CONSTANTS, dtype=torch.int32, device="cpu")
 
@@ -17,7 +17,7 @@ def add_noise(
     key: torch.Tensor | int,
     neftune_noise_type: str = "uniform",
 ) -> torch.Tensor:
-    """[`neftune_hf.add_noise`] with two buffers of under 1 MiB beside the result. Outside of autograd."""
+    """[`neftune_hf.add_noise`] without autograd; besides the result it allocates two buffers of under 1 MiB."""
     d = embeddings.shape[-1]
     e = embeddings.reshape(-1, d)
     noised = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
@@ -32,10 +32,10 @@ def add_noise(
     ):
         x, y = buffer[: len(part)], scratch[: len(part)]
         torch.add(word, channels, out=x)
-        # the hash and u of noise.py, each operation in place
+        # the hash and u of noise.py, in place
         x.bitwise_xor_(torch.bitwise_right_shift(x, _16, out=y).bitwise_and_(_LOW16)).mul_(_M1).add_(other)
         x.bitwise_xor_(torch.bitwise_right_shift(x, _15, out=y).bitwise_and_(_LOW17)).mul_(_M2)
-        u = y.view(torch.float32).copy_(x.bitwise_and_(_HIGH25).bitwise_or_(_BIT7))  # 2^31 u of `uniform`
+        u = y.view(torch.float32).copy_(x.bitwise_and_(_HIGH25).bitwise_or_(_BIT7))  # 2^31 times the uniform u
         if neftune_noise_type == "uniform":
             s = s * 2.0**-31
         else:

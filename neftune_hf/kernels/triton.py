@@ -1,7 +1,7 @@
-"""The layout of `lengths.py` and the noise of `noise.py` on a GPU, in two Triton kernels and no synchronisation.
+"""The layout of `lengths.py` and the noise of `noise.py` on GPU, in two Triton kernels and without synchronisation.
 
-The first finds each token's sequence and position and sums lengths and hashes over the sequences; the second reads each
-embedding once and writes each noised one once. On a GPU launches and the host's time are what costs, not bytes.
+The first finds each token's sequence and position and sums lengths and hashes over the sequences; the second reads and
+writes each embedding once. Launches and host time cost more than memory traffic here.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ import triton.language as tl
 from ..lengths import CallArguments
 from ..noise import MEASURED_TOKENS
 
-_TYPES = ("uniform", "bernoulli")  # gaussian needs an inverse error function, which Triton lacks
-BLOCK = 1024  # tokens of a row at a time
+_TYPES = ("uniform", "bernoulli")  # gaussian needs the inverse error function, which Triton lacks
+BLOCK = 1024  # tokens of a row per iteration
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _larger(a, b):
 
 @triton.jit
 def _document(cu_seqlens, place, n_cu_seqlens, STEPS: tl.constexpr):
-    """How many of the cumulative lengths are at most `place`, by bisection."""
+    """The number of entries of `cu_seqlens` that are at most `place`, by bisection."""
     low = tl.zeros_like(place)
     high = low + n_cu_seqlens
     for _ in tl.static_range(STEPS):
@@ -54,7 +54,7 @@ def _is_kept(
     column, row, width, last, mask, mask_row, mask_column, cu_seqlens, n_cu_seqlens,
     MASK: tl.constexpr, ADDITIVE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Whether it is no padding."""
+    """Whether the position is not padding."""
     kept = (column >= 0) & (column < width) & (column <= last)
     if MASK == 2:
         kept &= tl.load(mask + row * mask_row + column * mask_column, mask=kept, other=0) != 0
@@ -73,7 +73,7 @@ def _lay_out(
     MASK: tl.constexpr, ADDITIVE: tl.constexpr, POSITIONS: tl.constexpr, LABELS: tl.constexpr,
     TOKENS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. A sequence is named after the place of its first token in the flattened batch."""
+    """One program per row. A sequence's id is the index of its first position in the flattened batch."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK).to(tl.int64)
     last = tl.full((), 0, tl.int64) + width - 1
@@ -85,10 +85,10 @@ def _lay_out(
             used = (column < width) & (label != ignored_label)
             last = tl.maximum(last, tl.max(tl.where(used, column, -1), 0))
 
-    seen = last * 0 - 1  # column of the last position before the block that is not padding
+    seen = last * 0 - 1  # column of the last non-padding position before the block
     first = last * 0  # column where its sequence begins
     count = last * 0  # real tokens before the block
-    count_at_first = last * 0  # and before its sequence
+    count_at_first = last * 0  # real tokens before that sequence
     for start in range(0, width, BLOCK):
         column = start + columns
         kept = _is_kept(
@@ -168,7 +168,7 @@ def _add_noise(
     result = tl.fma(u, tl.broadcast_to(scale[:, None], u.shape), value)
     tl.store(noised + offset, result.to(noised.dtype.element_ty), mask=inside)
 
-    # The powers of a sample, as kernels._measure has them: how often a token is in floor(i * size / measured).
+    # The sampled powers of kernels._measure; `often` counts how often a token is among floor(i * size / measured).
     after = (token.to(tl.int64) + 1) * measured
     often = ((after + size - 1) // size - (after - measured + size - 1) // size).to(tl.float32)
     often = tl.where(real, often, 0.0)
@@ -181,7 +181,7 @@ def _add_noise(
 
 
 def can_add(embeddings: torch.Tensor, call: CallArguments, noise_type: str) -> bool:
-    """Whether the kernels do this exactly; the plain formula does the rest."""
+    """Whether the kernels support this call; otherwise the plain torch code is used."""
     narrow = embeddings.dtype in (torch.float32, torch.bfloat16, torch.float16)
     whole = not call.is_time_major and call.own_columns is None
     return noise_type in _TYPES and narrow and embeddings.numel() > 0 and whole
@@ -195,7 +195,7 @@ def add_noise_to_call(
     noise_type: str,
     power: torch.Tensor,
 ) -> torch.Tensor:
-    """As `kernels.add_noise_to_call`, outside of autograd: two kernels and an empty and a zeroed tensor for them."""
+    """`kernels.add_noise_to_call` without autograd: two kernel launches and two allocations, one of them zeroed."""
     ids = call.input_ids.contiguous()
     embeddings = embeddings.contiguous()
     (batch, width), size, d = ids.shape, ids.numel(), embeddings.shape[-1]
@@ -204,7 +204,7 @@ def add_noise_to_call(
     sequence, position, totals = scratch[0], scratch[1], scratch[2:]
     mask, positions, cu_seqlens = call.attention_mask, call.position_ids, call.cu_seqlens
     labels, tokens = call.labels, call.token_mask
-    # Strides as they are: a mask may be a slice, or one row for the batch.
+    # A mask may be a slice, or one row broadcast over the batch, so its strides are passed to the kernel.
     mask_row = mask_column = 0
     if mask is not None:
         mask = mask if mask.dim() == 2 or mask.stride()[1:] == (width, 1) else mask.contiguous()
