@@ -1,4 +1,4 @@
-"""NEFTune in any Trainer: hooks on at `on_step_begin`, off when the step's last backward pass has run."""
+"""NEFTune in any Trainer: the hooks are on from `on_step_begin` until the step's last backward pass has run."""
 
 import logging
 import weakref
@@ -17,18 +17,18 @@ from .handle import NEFTuneHandle, attached_handle, decibels
 from .mesh import summed_over_ranks
 
 logger = logging.getLogger(__name__)
-in_every_trainer: list[type[TrainerCallback]] = []  # made for each Trainer, and before the reporters of its `report_to`
+in_every_trainer: list[type[TrainerCallback]] = []  # added to each Trainer, ahead of the reporters in `report_to`
 _callbacks: "weakref.WeakSet[NEFTuneCallback]" = weakref.WeakSet()
 
 
 class NEFTuneRun(NamedTuple):
-    """Record of a run, kept after it ends; it does not hold the model.
+    """Record of a run, kept after it ends. It holds no reference to the model.
 
     Attributes:
-        config: The settings, the trainer's among them.
-        embeddings: The embeddings by their paths, as the log names them.
-        noised_forwards: Noised forward passes of each.
-        noise_to_embedding_db: The ratio since the last log, if there was a pass.
+        config: The settings, merged with the trainer's.
+        embeddings: Descriptions of the embeddings, by path.
+        noised_forwards: Noised forward passes of each embedding, by path.
+        noise_to_embedding_db: The ratio since the last log; None if there was no pass.
     """
 
     config: NEFTuneConfig
@@ -44,14 +44,14 @@ class NEFTuneCallback(TrainerCallback):
     saving and other callbacks see a clean model. (A pass that another callback makes in `on_step_begin` after this one,
     or in `on_pre_optimizer_step` before it, is noised.)
 
-    Settings that are not given here are taken from the trainer's args, `neftune_noise_alpha` among them: then
-    transformers' built-in NEFTune is off and this callback takes its place.
+    Settings that are not given here, such as `neftune_noise_alpha`, are taken from the trainer's args. transformers'
+    built-in NEFTune is switched off.
 
-    An exception inside a step leaves the hooks on until the next Trainer's run on the model, with NEFTune or without,
-    or until [`detach`] is called; [`NEFTuneTrainerMixin`] does that by itself.
+    An exception inside a step leaves the hooks on until a Trainer next runs the model, with or without NEFTune, or
+    until [`detach`] is called; [`NEFTuneTrainerMixin`] calls it for you.
 
-    Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`: 10 * log10 of the noise's power over the
-    embeddings', measured on a sample of the real tokens since the last log.
+    Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`: 10 * log10 of the power of the noise
+    over that of the embeddings, measured on a sample of the real tokens since the last log.
 
     Args:
         **fields: The fields of [`NEFTuneConfig`].
@@ -60,11 +60,11 @@ class NEFTuneCallback(TrainerCallback):
         run ([`NEFTuneRun`]): The most recent run, or None.
 
     Raises:
-        NEFTuneConfigError: A setting is out of range, or differs from the args.
+        NEFTuneConfigError: A setting is out of range, or differs from the one in the args.
         EmbeddingNotFoundError: The model has no token embeddings.
         NEFTuneError: The Trainer has two of these callbacks, or one process runs the model on several GPUs
             (`torch.nn.DataParallel`), or `neftune_symmetric` is True without [`NEFTuneTrainerMixin`].
-        NoNoiseError: A step ended and an embedding was not noised in it.
+        NoNoiseError: An embedding was not noised in a training step.
 
     Example:
 
@@ -76,14 +76,14 @@ class NEFTuneCallback(TrainerCallback):
     ```
     """
 
-    _level = logging.INFO  # of the line that a run begins with
+    _level = logging.INFO  # of the message logged when a run begins
 
     def __init__(self, **fields: Any):
         NEFTuneConfig(**fields)
         self.fields = fields
         self.handle: NEFTuneHandle | None = None
         self.run: NEFTuneRun | None = None
-        self.on_resolved: Callable[[NEFTuneConfig], None] = _refuse_pairs  # the mixin, which runs them, sets its own
+        self.on_resolved: Callable[[NEFTuneConfig], None] = _refuse_pairs  # replaced by the mixin
         self._of_trainer: Callable[[], Any] = _none  # weak references to the trainer's control and model
         self._of_model: Callable[[], Any] = _none
         self._gives_way = False
@@ -98,14 +98,14 @@ class NEFTuneCallback(TrainerCallback):
             if other is not self and other._of_trainer() is control:
                 if not other._gives_way:
                     raise NEFTuneError(
-                        "`callbacks` has two `NEFTuneCallback`s, and the noise would be added twice. Leave one out."
+                        "`callbacks` has two `NEFTuneCallback`s, which would add the noise twice. Remove one."
                     )
                 other._of_trainer = other._of_model = _none
         self._of_trainer = weakref.ref(control)
         self._of_model = _none if model is None else weakref.ref(model)
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        if self._gives_way and self._of_trainer() is not control:  # the trainer has a callback of the user's
+        if self._gives_way and self._of_trainer() is not control:  # the trainer has the user's callback
             return
         self.detach()
         replaced = _remove_builtin(model)
@@ -116,9 +116,9 @@ class NEFTuneCallback(TrainerCallback):
         self.on_resolved(config)
         if config.enabled and args.n_gpu > 1:
             raise NEFTuneError(
-                f"`args` has {args.n_gpu} GPUs in one process, which run copies of the model in threads; NEFTune "
-                "cannot tell their batches apart. Start one process a GPU with `accelerate launch`, or set "
-                "CUDA_VISIBLE_DEVICES."
+                f"`args` has {args.n_gpu} GPUs in one process, and NEFTune does not support `torch.nn.DataParallel`, "
+                "which runs copies of the model in threads. Start one process per GPU with `accelerate launch`, or "
+                "make only one GPU visible with CUDA_VISIBLE_DEVICES."
             )
         self.handle = NEFTuneHandle(model, config, follows_optimizer=False)
         self._is_warned = False
@@ -131,12 +131,12 @@ class NEFTuneCallback(TrainerCallback):
                 config.neftune_noise_alpha,
                 config.neftune_schedule,
                 ", ".join(map(str, self.handle.sites)),
-                "; symmetric pairs: two passes a step" if config.neftune_symmetric else "",
-                "; it takes the place of transformers' built-in" if replaced or args.neftune_noise_alpha else "",
+                "; symmetric pairs: two passes per step" if config.neftune_symmetric else "",
+                "; replaces transformers' built-in" if replaced or args.neftune_noise_alpha else "",
             )
 
     def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
-        if self.handle is None:  # added while the run was on
+        if self.handle is None:  # the callback was added during the run
             self.on_train_begin(args, state, control, model, **kwargs)
         if self.handle is not None:
             self.handle.set_step(state.global_step, state.max_steps)
@@ -157,7 +157,7 @@ class NEFTuneCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.handle is not None:
-            self.handle.remove()  # a step that a callback stopped half-way has no end
+            self.handle.remove()  # a step that a callback interrupts has no `on_step_end`
             self._measure(args, control)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -167,24 +167,24 @@ class NEFTuneCallback(TrainerCallback):
         self.write_metrics(logs, state)
 
     def _measure(self, args, control) -> None:
-        """Sum over all ranks where the Trainer is about to log: it does so on all of them, a user's code may not."""
+        """Sum over all ranks if the Trainer is about to log: it does so on every rank, a user's own code may not."""
         if self.handle is not None and control.should_log and self.handle.config.enabled:
             self._ratio = decibels(summed_over_ranks(self.handle.power(args.device)))
 
     def _warn_if_loud(self) -> None:
-        """After a run's first step: the ratio depends on the lengths of its sequences, and is not known before."""
+        """Warn after the first step: the ratio depends on the sequence lengths, so it is not known earlier."""
         if self.handle is not None and (ratio := self.handle.noise_to_embedding_db or 0.0) > 0:
             logger.warning(
-                "NEFTune: `neftune_noise_alpha` is %g, and in the first step the noise had %.3g times the embeddings' "
-                "RMS (%+.1f dB), so it is larger than what it is added to. Lower alpha; the paper used 5, 10 and 15. "
-                "`neftune-hf inspect MODEL` prints the ratio before a run.",
+                "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step had %.3g times the RMS of the "
+                "embeddings (%+.1f dB): it is larger than what it is added to. Lower alpha; the paper used 5, 10 and "
+                "15. `neftune-hf inspect MODEL` prints the ratio before a run.",
                 self.handle.config.neftune_noise_alpha,
                 10 ** (ratio / 20),
                 ratio,
             )
 
     def write_metrics(self, logs: dict[str, float], state) -> None:
-        """Add alpha and the ratio since the last log to a training log, once, and to its entry in the history."""
+        """Add alpha and the ratio since the last log to a training log and its entry in the log history, once."""
         if self.handle is None or not self.handle.sites or "loss" not in logs or "neftune/alpha" in logs:
             return
         logs["neftune/alpha"] = self.handle.alpha
@@ -197,7 +197,7 @@ class NEFTuneCallback(TrainerCallback):
             state.log_history[-1].update({name: logs[name] for name in logs if name.startswith("neftune/")})
 
     def detach(self) -> None:
-        """Take the hooks off and let go of the model, whatever state the run is in."""
+        """Remove the hooks and drop the model. Can be called at any time."""
         if self.handle is not None:
             self.handle.remove()
             self._record_run()
@@ -214,15 +214,15 @@ class NEFTuneCallback(TrainerCallback):
 
 
 class NEFTuneDefaultCallback(TrainerCallback):
-    """Among the default callbacks of every Trainer that is made after a `NEFTuneCallback`; it does nothing in others.
+    """Added to every Trainer that is created after a `NEFTuneCallback`.
 
-    It stands before the reporters of `report_to`, so that they see NEFTune's metrics, and removes the hooks that an
-    interrupted run has left on the model.
+    It comes before the reporters in `report_to`, so that they see NEFTune's metrics, and removes hooks that an
+    interrupted run left on the model.
     """
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
         stale = attached_handle(model)
-        if stale is not None and not stale._follows_optimizer:  # a handle of the user's own is not ours to remove
+        if stale is not None and not stale._follows_optimizer:  # keep a handle from `attach`
             stale.remove()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -232,13 +232,13 @@ class NEFTuneDefaultCallback(TrainerCallback):
 
 
 def prepare_transformers() -> None:
-    """Once: the callbacks of every Trainer, and a built-in that is not switched on where a Trainer has a callback.
+    """Patch transformers once: add our callbacks to every Trainer, and keep the built-in off where we replace it.
 
-    Those callbacks come with the reporters, which a Trainer asks for when it is made. `DEFAULT_CALLBACKS` would not do:
-    ms-swift replaces that list.
+    The callbacks are returned along with the reporters that a Trainer asks for when it is created, and not added to
+    `DEFAULT_CALLBACKS`, because ms-swift replaces that list.
 
-    To switch the built-in on and off again is not enough. It raises AttributeError on some models, and stays on the
-    model where `train()` fails early.
+    Letting the built-in activate and then removing it is not enough: it raises AttributeError on some models, and stays
+    on the model if `train()` fails early.
     """
     if NEFTuneDefaultCallback in in_every_trainer:
         return
@@ -266,7 +266,7 @@ def _is_ours(model: nn.Module) -> bool:
 
 
 def _remove_builtin(model: nn.Module) -> bool:
-    """Take transformers' own hook off, which is on where the callback was added after the Trainer was made."""
+    """Remove transformers' own hook, which is there if the callback was added after the Trainer was created."""
     found = False
     for module in model.modules():
         for number in [n for n, hook in module._forward_hooks.items() if hook is neftune_post_forward_hook]:
@@ -278,7 +278,7 @@ def _remove_builtin(model: nn.Module) -> bool:
 def _refuse_pairs(config: NEFTuneConfig) -> None:
     if config.enabled and config.neftune_symmetric:
         raise NEFTuneError(
-            "`neftune_symmetric` is True, and a callback cannot pass a batch twice. Use `NEFTuneSFTTrainer`, or write "
+            "`neftune_symmetric` is True, but a callback cannot pass a batch twice. Use `NEFTuneSFTTrainer` or "
             "`class MyTrainer(NEFTuneTrainerMixin, Trainer)`, or set `neftune_symmetric=False`."
         )
 

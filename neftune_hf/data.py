@@ -1,4 +1,4 @@
-"""Instruction sets: from a file, a folder or the hub to TRL's prompt-completion form."""
+"""Load instruction sets from a file, a folder or the hub, and convert them to TRL's prompt-completion format."""
 
 import logging
 import re
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
-# Columns of one meaning. A mixture has several of them: in each record the first that is not null counts.
+# Column names with the same meaning. A mixture can have several of them; each record uses the first that is not null.
 _INSTRUCTION = ("instruction", "question")
 _INPUT = ("input", "context")
 _OUTPUT = ("output", "response")
 _SYSTEM = ("system", "system_prompt")
 _TURNS = ("messages", "conversations")
-_CARRIED = ("tools", "chat_template_kwargs")  # TRL gives them to the chat template
+_CARRIED = ("tools", "chat_template_kwargs")  # TRL passes them to the chat template
 _KNOWN = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS, "prompt", "completion", "text"}
 
-# Given to every `map`: datasets caches what a function made of a file, and does not see that its helpers changed.
+# Passed to every `map`: datasets caches its results and does not notice when the helpers of a function change.
 _VERSION = {"version": __version__}
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -48,17 +48,17 @@ def load_instructions(
     """Load an instruction set with `datasets.load_dataset`.
 
     Args:
-        name (`str`): A JSON, JSONL or Parquet file, which becomes the split `train`; a folder of such files, each the
-            split that it is named after, or laid out as on the hub; or the name of a data set on the hub.
+        name (`str`): A JSON, JSONL or Parquet file, which becomes the split `train`; a folder of such files, either
+            one per split and named after it or laid out as on the hub; or the name of a data set on the hub.
         config (`str`, *optional*): Configuration of a hub data set.
         streaming (`bool`): Stream it.
-        argument (`str`): What errors call `name`.
+        argument (`str`): What error messages call `name`.
 
     Returns:
-        `datasets.DatasetDict`: The splits, with their columns as they are.
+        `datasets.DatasetDict`: The splits, with their columns unchanged.
 
     Raises:
-        DatasetError: It is missing, empty or malformed.
+        DatasetError: The data set is missing, empty or malformed.
 
     Example:
 
@@ -86,31 +86,31 @@ def load_instructions(
             splits[split] = datasets.load_dataset(
                 reader, data_files={split: str(file)}, split=split, streaming=streaming
             )
-            next(iter(splits[split]))  # a stream says only now that it is malformed or empty
+            next(iter(splits[split]))  # a stream reports only now that it is malformed or empty
     return splits
 
 
 def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: bool) -> datasets.Dataset:
-    """Turn an instruction set into TRL's prompt-completion form, so that loss is on the completion only.
+    """Convert an instruction set to TRL's prompt-completion format, so that the loss is on the completion only.
 
-    The form is told by the columns. In this order:
+    The columns determine the format, in this order:
 
-    - `instruction` and `output`, with `input` and `system` where there are such; also as `question`, `response`,
-      `context` and `system_prompt`.
-    - TRL's own `prompt` and `completion`.
-    - `messages` or `conversations`, of `role` and `content` or of `from` and `value`. Each assistant turn becomes a
+    - `instruction` and `output`, with optional `input` and `system`; also as `question`, `response`, `context` and
+      `system_prompt`.
+    - TRL's `prompt` and `completion`.
+    - `messages` or `conversations`, with `role` and `content` or `from` and `value`. Each assistant turn becomes a
       record, with everything before it as the prompt.
-    - TRL's own `text`, which stays as it is, with loss on all of it.
+    - TRL's `text`, which is left unchanged, with the loss on all of it.
 
-    Columns that could have been meant and are not used are named in the log.
+    Known columns that are not used are logged.
 
     Args:
         data (`datasets.Dataset`): One split.
-        name (`str`): What to call it in an error and in the log.
-        has_chat_template (`bool`): Messages if true, else text with a plain instruction prompt.
+        name (`str`): Name of the split, for errors and the log.
+        has_chat_template (`bool`): Whether to return messages rather than text with a plain instruction prompt.
 
     Raises:
-        DatasetError: The columns are none of these, or have no text.
+        DatasetError: The columns match none of these formats, or do not contain text.
     """
     columns = set(get_dataset_column_names(data))
     has_prompts = {"prompt", "completion"} <= columns
@@ -130,7 +130,7 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
             parts: tuple[Any, Any] = record["prompt"], record["completion"]
             if any(isinstance(part, list) for part in parts):
                 if any(isinstance(part, str) for part in parts):
-                    raise DatasetError(f"{name}: one of `prompt` and `completion` is text and the other messages.")
+                    raise DatasetError(f"{name}: one of `prompt` and `completion` is text, the other messages.")
                 prompt, completion = ([_message(turn, name) for turn in part or [None]] for part in parts)
                 parts = prompt, completion
             else:
@@ -171,19 +171,19 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
 def keep_usable(
     data: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> datasets.Dataset:
-    """Drop unusable records in prompt-completion or text form, and log how many.
+    """Drop unusable records in prompt-completion or text format, and log how many.
 
-    A record is dropped if its prompt or completion is empty, if the chat template rejects it (such as roles that do not
-    alternate), or if its prompt alone has `max_length` tokens or more. Records that `max_length` truncates are counted
-    too. On a stream the counts are logged as they reach 1, 10, 100 and so on.
+    A record is dropped if its prompt or completion is empty, if the chat template rejects it (for example because roles
+    do not alternate), or if its prompt alone has `max_length` tokens or more. Records that will be truncated to
+    `max_length` are counted too. For a stream, the counts are logged as they reach 1, 10, 100 and so on.
 
     Raises:
-        DatasetError: Nothing is left.
+        DatasetError: No record is left.
     """
     columns = set(get_dataset_column_names(data))
     if not ({"prompt", "completion"} <= columns or "text" in columns):
         return data
-    end = tokenizer.eos_token or ""  # TRL appends it to text, and leaves it to the template in messages
+    end = tokenizer.eos_token or ""  # TRL appends it to text; in messages the template does
 
     def problem(is_empty: bool, prompt: int, whole: int) -> str:
         if is_empty:
@@ -212,7 +212,7 @@ def keep_usable(
         counted = -1
 
         def keep(batch: dict[str, list], indices: list[int]) -> list[bool]:
-            nonlocal counted  # a stream is begun anew at each look at its first record, and at each epoch
+            nonlocal counted  # a stream restarts each time its first record is read, and each epoch
             found = problems(batch)
             for kind in (kind for kind, index in zip(found, indices, strict=True) if kind and index > counted):
                 counts[kind] += 1
@@ -242,7 +242,7 @@ def keep_usable(
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, parts: list[Any], is_prompt: bool = False) -> list[int]:
-    """How many tokens each text, or each list of messages, has; -1 where the chat template rejects the messages."""
+    """The number of tokens of each text or list of messages; -1 if the chat template rejects the messages."""
     chat = isinstance(parts[0], list)
     texts = [_templated(tokenizer, part, is_prompt) for part in parts] if chat else parts
     given = [text for text in texts if text is not None]
@@ -251,18 +251,18 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, parts: list[Any], is_prompt
 
 
 def plain_prompt(instruction: str) -> str:
-    """The prompt for models without a chat template."""
+    """The instruction prompt for models without a chat template."""
     return f"### Instruction:\n{instruction}\n\n### Response:\n"
 
 
 def prompt_text(record: dict[str, Any], name: str) -> str:
-    """What the user says: the instruction, and below it the input where there is one."""
+    """The user's message: the instruction, followed by the input if there is one."""
     parts = _text(record, _INSTRUCTION, name), _text(record, _INPUT, name)
     return "\n\n".join(part for part in parts if part.strip())
 
 
 def _splits(folder: Path, argument: str) -> dict[str, Path]:
-    """The files of a folder by the split that each is named after; none where it is laid out as on the hub."""
+    """The files of a folder by the split in their names; empty if the folder is laid out as on the hub."""
     files = sorted(file for file in folder.iterdir() if file.suffix in _READERS)
     splits = {file.stem: file for file in files}
     for file in files:
@@ -277,7 +277,7 @@ def _splits(folder: Path, argument: str) -> dict[str, Path]:
 
 @contextmanager
 def dataset_errors(argument: str, name: str) -> Iterator[None]:
-    """Turn the many errors of reading a data set into `DatasetError`."""
+    """Re-raise the many errors of reading a data set as `DatasetError`."""
     try:
         yield
     except StopIteration as error:
@@ -292,7 +292,7 @@ def dataset_errors(argument: str, name: str) -> Iterator[None]:
 def _log_unused(columns: set[str], used: set[str], name: str) -> None:
     if unused := sorted(columns & _KNOWN - used):
         logger.warning(
-            "%s: the records are taken from %s; not used: %s",
+            "%s: using the columns %s; not used: %s",
             name,
             ", ".join(sorted(columns & used)),
             ", ".join(unused),
@@ -300,7 +300,7 @@ def _log_unused(columns: set[str], used: set[str], name: str) -> None:
     for group in ((*_INSTRUCTION, *_TURNS), _INPUT, _OUTPUT, _SYSTEM):
         first, *others = [column for column in group if column in columns & used] or [""]
         if others:
-            logger.warning("%s: %s is read where %s is null", name, ", ".join(others), first)
+            logger.warning("%s: %s is used where %s is null", name, ", ".join(others), first)
 
 
 def _nothing_left(name: str, counts: Counter[str], max_length: int | None) -> str:
@@ -313,15 +313,15 @@ def _first(record: dict[str, Any], columns: Iterable[str]) -> tuple[str, Any]:
 
 
 def _text(record: dict[str, Any], columns: Iterable[str], name: str) -> str:
-    """The text of the first of `columns` that is not null; "" where all are."""
+    """The text of the first of `columns` that is not null; "" if all are."""
     column, value = _first(record, columns)
     if isinstance(value, list | dict):
-        raise DatasetError(f"{name}: `{column}` has a {type(value).__name__} where text belongs: {value!r:.80}")
+        raise DatasetError(f"{name}: `{column}` has a {type(value).__name__} instead of text: {value!r:.80}")
     return "" if value is None else str(value)
 
 
 def _messages(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The messages of a record with an instruction, or else with turns; a system column goes first."""
+    """The messages of a record, from its instruction or else from its turns; a system column comes first."""
     _, turns = _first(record, _TURNS)
     if turns is None or _first(record, _INSTRUCTION)[0]:
         turns = [
@@ -336,14 +336,14 @@ def _messages(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
-    """A turn as `role` and `content`; a null turn is a user's who says nothing, which makes its record unusable."""
+    """A turn as `role` and `content`. A null turn becomes an empty user message, so the record is dropped as empty."""
     if turn is None:
         return _BLANK
     if not isinstance(turn, dict) or not turn.keys() & {"from", "role"}:
-        raise DatasetError(f"{name}: a turn has `role` and `content`, or `from` and `value`; found {turn!r:.80}")
+        raise DatasetError(f"{name}: a turn needs `role` and `content`, or `from` and `value`; found {turn!r:.80}")
     sender = turn.get("from")
     if sender is not None and sender not in _ROLES:
-        raise DatasetError(f"{name}: a turn is from {sender!r}; known are {', '.join(_ROLES)}.")
+        raise DatasetError(f"{name}: a turn is from {sender!r}; known roles are {', '.join(_ROLES)}.")
     (message,) = maybe_convert_to_chatml({"messages": [dict(turn)]})["messages"]
     if message.get("role") is None:
         return _BLANK
@@ -353,7 +353,7 @@ def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
 
 
 def _split_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[list, list]]:
-    """Each assistant turn with everything before it; a conversation without one is kept, so that it is counted."""
+    """Each assistant turn with everything before it; a conversation without one yields an empty completion."""
     ends = [end for end, message in enumerate(messages) if message["role"] == "assistant" and end]
     for end in ends:
         yield messages[:end], [messages[end]]
@@ -377,7 +377,7 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def _is_empty(part: str | list[dict[str, Any]] | None) -> bool:
-    """Whether nothing is said, or a user's turn says nothing."""
+    """Whether no message has content, or a user message is empty."""
     if not part:
         return True
     if isinstance(part, str):
@@ -391,5 +391,5 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
         return None
     try:
         return cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, tokenize=False))
-    except (TemplateError, TypeError):  # TypeError: a template adds a null, such as the content of a tool call
+    except (TemplateError, TypeError):  # TypeError: a template concatenates a null content, as of a tool call
         return None

@@ -1,4 +1,4 @@
-"""NEFTune on one model: on and off, step by step."""
+"""The handle that switches NEFTune on and off for one model and counts its steps."""
 
 import contextlib
 import functools
@@ -23,26 +23,27 @@ _attached: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()
 
 
 def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields) -> "NEFTuneHandle":
-    """Put NEFTune's noise on `model`'s token embeddings until the returned handle is removed.
+    """Add NEFTune noise to `model`'s token embeddings until the returned handle is removed.
 
-    While attached, an embedding in training mode with gradients enabled returns e + alpha / sqrt(L * d) * u, with L the
-    tokens of the sequence and d the embedding dimension ([Jain et al. 2023](https://arxiv.org/abs/2310.05914)); in
-    evaluation mode or under `torch.no_grad()` it returns e. Copies and pickles of the model are clean. The step, on
-    which the noise depends, advances whenever a torch optimizer that holds parameters of `model` has stepped.
+    While attached, an embedding in training mode with gradients enabled returns e + alpha / sqrt(L * d) * u, where L is
+    the number of tokens in the sequence and d the embedding dimension
+    ([Jain et al. 2023](https://arxiv.org/abs/2310.05914)); in evaluation mode or under `torch.no_grad()` it returns e.
+    Copies and pickles of the model are clean. The noise depends on the step, which advances whenever a torch optimizer
+    that holds parameters of `model` steps.
 
     Args:
         model (`torch.nn.Module`): As for [`find_input_embeddings`].
         config ([`NEFTuneConfig`], *optional*): The settings; `fields` override it.
-        **fields: The settings by name, such as `neftune_noise_alpha=5`. Without a `neftune_seed`, handles that are
-            attached at the same time have seeds 0, 1, and so on.
+        **fields: The settings by name, such as `neftune_noise_alpha=5`. Without a `neftune_seed`, the seed is the
+            number of handles that are attached already.
 
     Returns:
-        [`NEFTuneHandle`]: `remove()` takes the noise off; it is also a context manager.
+        [`NEFTuneHandle`]: A context manager; leaving it, or `remove()`, removes the noise.
 
     Raises:
         NEFTuneConfigError: A setting is out of range.
         EmbeddingNotFoundError: The model has no token embeddings.
-        NEFTuneError: One of its embeddings is noised already.
+        NEFTuneError: One of its embeddings already has NEFTune noise.
 
     Example:
 
@@ -73,10 +74,10 @@ class NEFTuneHandle:
 
     Attributes:
         config ([`NEFTuneConfig`]): The settings.
-        sites (`list[EmbeddingSite]`): The embeddings that get noise; empty when alpha is None or 0, and in a stage of
-            a pipeline that is handed embeddings by the one before it.
-        step (`int`): The optimisation step, from 0.
-        alpha (`float`): Alpha of this step, after the schedule.
+        sites (`list[EmbeddingSite]`): The embeddings that get noise; empty if alpha is None or 0, and in pipeline
+            stages other than the first.
+        step (`int`): The optimizer step, from 0.
+        alpha (`float`): Alpha in this step, after the schedule.
 
     Example:
 
@@ -99,7 +100,7 @@ class NEFTuneHandle:
         self._state = ModelState(self.sites)
         around = [parents(self._root, site) for site in self.sites]
         numbers = {module: number for number, module in enumerate(dict.fromkeys(itertools.chain(*around)))}
-        # Made once: torch.compile knows them by identity.
+        # Created once, because torch.compile guards on their identity.
         self._forwards = [RecordedForward(module, number, self._state) for module, number in numbers.items()]
         self._hooks = [
             NoiseHook(self, self._state, index, [numbers[module] for module in modules])
@@ -111,14 +112,14 @@ class NEFTuneHandle:
         self.set_step(0)
 
     def set_step(self, step: int, max_steps: int | None = None) -> None:
-        """Say which optimisation step comes next, from 0: the noise and the schedule depend on it.
+        """Set the next optimizer step, from 0, which the noise and the schedule depend on.
 
-        Optional in a custom loop: the step advances with the optimizer. Call it when a run is resumed, when
-        `neftune_schedule` is not constant, and when the optimizer is not torch's.
+        Usually not needed in a custom loop, since the step advances with the optimizer. Call it when you resume a run,
+        when `neftune_schedule` is not constant, and when the optimizer is not a torch optimizer.
 
         Args:
             step (`int`): 64 bits.
-            max_steps (`int`, *optional*): Number of steps of the run; the last one given is kept.
+            max_steps (`int`, *optional*): Number of steps in the run. None keeps the previous value.
 
         Raises:
             NEFTuneError: `neftune_schedule` is not constant and `max_steps` was never given.
@@ -127,7 +128,7 @@ class NEFTuneHandle:
         if self.sites and self._max_steps is None and self.config.neftune_schedule != "constant" and step > 0:
             raise NEFTuneError(
                 f"`max_steps` is missing: `neftune_schedule={self.config.neftune_schedule!r}` needs the number of "
-                "optimisation steps. Call `handle.set_step(step, max_steps)`."
+                "optimizer steps. Call `handle.set_step(step, max_steps)`."
             )
         self.step = int(step)
         alpha = self.config.neftune_noise_alpha or 0.0
@@ -142,10 +143,10 @@ class NEFTuneHandle:
     def negated(self) -> Iterator[None]:
         """The second pass of a symmetric pair: inside, an embedding returns e - s where it returned e + s.
 
-        The noise s is a function of the sequence and the step, so the same batch has the same s; the two noises sum to
-        zero exactly. For the loss of a pair, pass the batch once outside and once inside, each with half of its loss.
-        Call `backward()` inside: a checkpoint repeats its forward there, and would repeat it with the other sign.
-        Dropout differs, as it does for each row of a batch. The step does not advance.
+        The noise s is a function of the sequence and the step, so the same batch gets the same s, and the noise of the
+        two passes sums to exactly zero. For a pair, pass the batch once outside and once inside, each with half its
+        loss. Call `backward()` of the second pass inside too: a checkpoint recomputes its forward there, and outside it
+        would get the other sign. Dropout differs between the two passes. The step does not advance.
 
         Raises:
             NEFTuneError: `neftune_symmetric` is False.
@@ -165,8 +166,8 @@ class NEFTuneHandle:
         """
         if not self.config.neftune_symmetric:
             raise NEFTuneError(
-                "`negated()` was called and `neftune_symmetric` is False. Set `neftune_symmetric=True` where alpha is "
-                "set: a step without the second pass is then an error."
+                "`negated()` was called and `neftune_symmetric` is False. Set `neftune_symmetric=True` where you set "
+                "alpha; a step without the second pass is then an error."
             )
         before, self._had_negated = self._sign, True
         self._fill_alpha(-1)
@@ -183,20 +184,20 @@ class NEFTuneHandle:
 
     @property
     def noised_forwards(self) -> dict[str, int]:
-        """How many forward passes of each embedding have been noised, by its path."""
+        """The number of noised forward passes of each embedding, by path."""
         return {embedding.site.path: embedding.total for embedding in self._state.embeddings}
 
     @property
     def noise_to_embedding_db(self) -> float | None:
-        """10 * log10 of the noise's power over the embeddings', in decibels.
+        """10 * log10 of the power of the noise over that of the embeddings, in decibels.
 
-        Over 32 evenly spread tokens of each of this process's batches since the last reset, without padding; None if
-        there were none.
+        Measured on 32 evenly spaced tokens of each batch of this process since the last reset, without padding; None
+        if there were none.
         """
         return decibels(self.power())
 
     def power(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The summed squares of noise and embeddings behind `noise_to_embedding_db`: float32 of shape (2,)."""
+        """The summed powers of noise and embeddings behind `noise_to_embedding_db`: float32 of shape (2,)."""
         return sum(
             (e.power.to(device) for e in self._state.embeddings), torch.zeros(2, dtype=torch.float32, device=device)
         )
@@ -209,11 +210,11 @@ class NEFTuneHandle:
     def check_noised(self) -> None:
         """Raise unless this step's forward passes were noised.
 
-        An embedding that ran in eval mode or without gradients, such as a teacher's, need not be, if another one was.
+        An embedding that ran in eval mode or without gradients, such as a teacher's, is exempt if another was noised.
 
         Raises:
             NoNoiseError: No embedding was noised, or one did not run at all; or the second pass of a symmetric pair
-                was left out.
+                is missing.
         """
         states = self._state.embeddings
         noised = [embedding.is_noised for embedding in states]
@@ -225,7 +226,7 @@ class NEFTuneHandle:
         if silent:
             raise NoNoiseError(
                 f"NEFTune hooked {', '.join(map(str, self.sites))}, and a training step ended without noise on "
-                f"{', '.join(silent)}. Either the model was given `inputs_embeds` instead of token ids, or the "
+                f"{', '.join(silent)}. Either the model was called with `inputs_embeds` instead of token ids, or the "
                 "embedding is in eval mode, or the model embeds its tokens with another module. Pass token ids, or set "
                 "`neftune_noise_alpha=None`."
             )
@@ -236,10 +237,10 @@ class NEFTuneHandle:
             )
 
     def attach(self) -> None:
-        """Put the hooks on. Does nothing if they are on.
+        """Register the hooks. Does nothing if they are registered.
 
         Raises:
-            NEFTuneError: One of the embeddings is noised already.
+            NEFTuneError: One of the embeddings already has NEFTune noise.
         """
         if self._removables:
             return
@@ -259,7 +260,7 @@ class NEFTuneHandle:
             _attached.add(self)
 
     def remove(self) -> None:
-        """Take the hooks off. It may be called any number of times, in any order, whatever became of the model."""
+        """Remove the hooks. Can be called any number of times and at any time."""
         for removable in self._removables:
             removable.remove()
         self._removables.clear()
@@ -285,20 +286,20 @@ class NEFTuneHandle:
 
 
 def decibels(power: torch.Tensor) -> float | None:
-    """10 * log10 of the first over the second; None where one is 0."""
+    """10 * log10 of the first element over the second; None if one of them is 0."""
     noise, embedding = power.tolist()
     return 10 * math.log10(noise / embedding) if noise and embedding else None
 
 
 def attached_handle(model: nn.Module) -> NEFTuneHandle | None:
-    """The handle that is on an embedding in `model`, or None."""
+    """The handle whose hook is on an embedding in `model`, or None."""
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
     return next((hook.handle for hook in hooks if isinstance(hook, NoiseHook)), None)
 
 
 @functools.cache
 def _follow_optimizers() -> None:
-    """One hook for all handles, on every optimizer's step, once in a process: a handle that is gone leaves none."""
+    """Register one optimizer step hook per process, for all handles, so that dropped handles leave no hook behind."""
 
     def after_step(optimizer, args, kwargs):
         for handle in list(_attached):

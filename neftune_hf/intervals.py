@@ -26,21 +26,21 @@ class Interval(NamedTuple):
 def mean_interval(*samples: np.ndarray, confidence: float = 0.95) -> Interval:
     """The sum of the means of `samples`, with an interval over seeds and records.
 
-    Each sample is a table x of shape (seeds, records), in which every seed has the same records. A value is the sum of
-    four terms: a mean, an effect of its seed, an effect of its record, and the rest. Seeds and records are both drawn
-    at random, so that the variance of the table's mean is
+    Each sample is a table of shape (seeds, records) with the same records for every seed. A value is the sum of four
+    terms: the mean, a seed effect, a record effect, and a residual. Both effects are random, so the variance of the
+    table's mean is
 
-        var(effect of a seed) / seeds + var(effect of a record) / records + var(rest) / (seeds * records),
+        var(seed effect) / seeds + var(record effect) / records + var(residual) / (seeds * records),
 
-    estimated by a two-way analysis of variance. The interval is that of a t distribution with Satterthwaite's degrees
-    of freedom. A bootstrap over three seeds is too narrow, since it does not use a t distribution: on data with an
-    effect of the seed alone it covers the truth in 3 of 4 experiments, not in 19 of 20.
+    estimated by a two-way analysis of variance. The interval uses a t distribution with Satterthwaite's degrees of
+    freedom. A bootstrap over three seeds would be too narrow: on data with a seed effect alone it covers the truth in
+    3 of 4 experiments instead of 19 of 20.
 
-    With one seed the effect of a seed is not known: the interval is over records alone.
+    With one seed the seed effect is unknown, and the interval is over records alone.
 
     Args:
-        *samples (`np.ndarray` of shape `(seeds, records)`): With the same seeds; records may differ.
-        confidence (`float`): The share of experiments whose interval covers the truth.
+        *samples (`np.ndarray` of shape `(seeds, records)`): All with the same seeds; their records may differ.
+        confidence (`float`): The probability that the interval covers the truth.
 
     Example:
 
@@ -63,9 +63,9 @@ def mean_interval(*samples: np.ndarray, confidence: float = 0.95) -> Interval:
 
 
 def log_ratio(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """The table whose mean is log(mean of `values` / mean of `baseline`), for [`mean_interval`].
+    """A table whose mean is log(mean of `values` / mean of `baseline`), for [`mean_interval`].
 
-    To first order: each element is its pair's part of the ratio (the delta method), so that the records are paired.
+    By the delta method, each element is the first-order contribution of its pair, so the records stay paired.
 
     Args:
         values, baseline (`np.ndarray` of shape `(seeds, records)`): Positive on average.
@@ -75,14 +75,14 @@ def log_ratio(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 
 
 def needed(table: np.ndarray, confidence: float = 0.95) -> list[tuple[int, int]]:
-    """How many seeds and records would show a difference of the size of the mean of `table`.
+    """How many seeds and records it would take to detect a difference as large as the mean of `table`.
 
     Args:
         table (`np.ndarray` of shape `(seeds, records)`): Paired differences.
 
     Returns:
-        `list[tuple[int, int]]`: Numbers of seeds and of records: more seeds, more records, or more of both where
-        neither alone would do. With one seed, records only. Empty if a thousand times as many would not do.
+        `list[tuple[int, int]]`: Numbers of seeds and records: with more seeds, with more records, or with more of both
+        if neither alone suffices. With one seed, more records only. Empty if a thousand times as many do not suffice.
     """
     table = np.asarray(table, dtype=np.float64)
     seeds, records = table.shape
@@ -105,7 +105,7 @@ def needed(table: np.ndarray, confidence: float = 0.95) -> list[tuple[int, int]]
 
 
 def _mean_squares(tables: list[np.ndarray]) -> list[tuple[float, int]]:
-    """Terms of the variance of the sum of the means, each with its degrees of freedom; the rest is subtracted."""
+    """Terms of the variance of the sum of the means, with degrees of freedom; the residual terms are negative."""
     seeds, terms = tables[0].shape[0], []
     for table in tables:
         records = table.shape[1]
@@ -122,5 +122,5 @@ def _mean_squares(tables: list[np.ndarray]) -> list[tuple[float, int]]:
 
 
 def _variance(terms: list[tuple[float, int]]) -> float:
-    """Their sum, and no less than the largest: the estimate of a variance can come out negative."""
+    """The sum of the terms, but at least the largest one, because the estimate can be negative."""
     return float(max(sum(value for value, _ in terms), *(value for value, _ in terms)))

@@ -1,4 +1,4 @@
-"""Measurements of a trained model with the noise off: per-record losses and text metrics of completions."""
+"""Per-record losses of a model with the noise off, and text metrics of its completions."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ Progress = Callable[[int], Any]
 def record_losses(
     model: PreTrainedModel, rows: Any, collate: Callable, batch_size: int, progress: Progress = lambda count: None
 ) -> list[float]:
-    """The mean negative log-likelihood per label token of each record, in nats, with the model in evaluation mode.
+    """The mean negative log-likelihood per label token of each record, in nats, in evaluation mode.
 
     Args:
         model (`transformers.PreTrainedModel`): A causal language model.
         rows (a sequence of `dict`): Tokenised records.
-        collate (`Callable`): Makes a padded batch of them, with `labels` of -100 where there is no loss.
-        batch_size (`int`): Records in a forward pass.
-        progress (`Callable`): Called with the number of records after each pass.
+        collate (`Callable`): Collates them into a padded batch, with `labels` of -100 where there is no loss.
+        batch_size (`int`): Records per forward pass.
+        progress (`Callable`): Called after each pass with its number of records.
 
     Returns:
         `list[float]`: In the order of `rows`; NaN for a record without labels.
@@ -45,12 +45,12 @@ def record_losses(
 
 
 def text_metrics(completion: str, reference: str | None) -> dict[str, float]:
-    """Of a completion: repetition, and overlap with a reference where there is one; each from 0 to 1.
+    """Repetition in a completion, and its overlap with a reference if there is one; each from 0 to 1.
 
     Returns:
-        `dict[str, float]`: `distinct_2`, different over all pairs of neighbouring words; `repeated_4`, the share of
-        4-grams that occurred earlier; `rouge_l`, the F-measure of `rouge-score`; `bleu`, the sentence
-        BLEU of `sacrebleu`. NaN if the text is too short.
+        `dict[str, float]`: `distinct_2`, distinct bigrams over all bigrams of words; `repeated_4`, the share of 4-grams
+        that occurred earlier; `rouge_l`, the F-measure of `rouge-score`; `bleu`, the sentence BLEU of `sacrebleu`.
+        `distinct_2` and `repeated_4` are NaN if the text is too short.
 
     Example:
 
@@ -73,7 +73,7 @@ def text_metrics(completion: str, reference: str | None) -> dict[str, float]:
 
 
 def _by_length(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of records, in batches of similar length, the longest first."""
+    """Record indices in batches of similar length, longest first."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""Communication between processes: sequences that are split, outputs that are sharded, sums over all ranks."""
+"""Communication between processes: split sequences, sharded outputs, sums over all ranks."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -12,18 +12,18 @@ from .embeddings import EmbeddingSite
 from .errors import NEFTuneError
 from .kernels import Part
 
-_FAR = 2**40  # more than the columns of any batch
+_FAR = 2**40  # larger than any batch's width
 _CONTEXT_PARALLEL = "torch.distributed.tensor.experimental._context_parallel"
 
 
 class SplitSequence(NamedTuple):
-    """A group of processes each of which has a part of every sequence.
+    """A group of processes that each have a part of every sequence.
 
     Attributes:
-        name: What splits it, for messages.
-        rank, size: Of this process, in the group.
-        unshard: Puts the parts of (rows, width) together, in the order of the whole sequence.
-        is_active: Whether the calls of this moment are split.
+        name: The parallelism that splits the sequences, for messages.
+        rank, size: This process's rank in the group, and the group's size.
+        unshard: Gathers the parts, each of shape (rows, width), in the order of the full sequence.
+        is_active: Whether forward calls are currently split.
     """
 
     name: str
@@ -34,7 +34,7 @@ class SplitSequence(NamedTuple):
 
 
 def split_sequence() -> SplitSequence | None:
-    """How accelerate or DeepSpeed split the sequences of a training batch; None where they do not."""
+    """The group that accelerate or DeepSpeed splits the sequences of a training batch over, or None."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     return _context_parallel() or _ulysses()
@@ -51,7 +51,7 @@ def _context_parallel() -> SplitSequence | None:
     def unshard(rows: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
-        # A width that cp_size does not divide is cut in unequal parts, which torch's function does not know.
+        # If cp_size does not divide the width, the parts are unequal, which torch's function does not support.
         widths = None if torch.compiler.is_compiling() else _widths(rows, mesh.get_group(), mesh.size())
         if widths is None or len(set(widths)) == 1:
             return context_parallel_unshard(mesh, [rows], [1])[0]
@@ -64,8 +64,8 @@ def _context_parallel() -> SplitSequence | None:
 
 
 def _ulysses() -> SplitSequence | None:
-    groups = sys.modules.get("deepspeed.utils.groups")  # not imported, it has no group
-    if groups is None or (groups.mpu is None and groups.mesh_device is None):  # DeepSpeed is installed, and not in use
+    groups = sys.modules.get("deepspeed.utils.groups")  # no group exists before the import
+    if groups is None or (groups.mpu is None and groups.mesh_device is None):  # imported, but not in use
         return None
     if (size := groups._get_sequence_parallel_world_size()) == 1:
         return None
@@ -90,7 +90,7 @@ def _widths(rows: torch.Tensor, group: distributed.ProcessGroup, size: int) -> l
 
 
 def is_in_context_parallel() -> bool:
-    """Whether torch's context manager is on: it splits the batch and puts its own function in attention's place."""
+    """Whether torch's `context_parallel`, which splits the batch and replaces the attention function, is active."""
     attention = nn.functional.scaled_dot_product_attention
     return (getattr(attention, "__module__", None) or "").startswith(_CONTEXT_PARALLEL)
 
@@ -98,32 +98,32 @@ def is_in_context_parallel() -> bool:
 def whole_call(
     split: SplitSequence, given: Mapping[str, Any], ids: torch.Tensor, site: EmbeddingSite
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """The layout arguments and ids of the whole sequences, of which this process has a part.
+    """The layout arguments and ids of the full sequences, of which this process has a part.
 
-    One gather of integers, and under context parallelism one of the widths; no embedding is gathered. What is as wide
-    as the whole already is left as it is: the hosts do not split `cu_seq_lens_q` and 4-dimensional masks.
+    Gathers integers once, and under context parallelism the widths first; no embedding is gathered. Arguments that
+    already have the full width are left unchanged: `cu_seq_lens_q` and 4-dimensional masks are never split.
 
     Returns:
-        `tuple`: Arguments, ids, and the columns of the whole that are this process's, in its order.
+        `tuple`: Arguments, ids, and this process's columns in the full sequences, in its own order.
     """
     if ids.dim() != 2 or site.is_decoder:
         what = "a decoder's inputs" if site.is_decoder else f"ids of shape {tuple(ids.shape)}"
         raise NEFTuneError(
-            f"{site} embeds {what} under {split.name}, and how they are split is not known. NEFTune needs ids of "
-            "(batch, length) there: use a decoder-only model, or set `neftune_noise_alpha=None`."
+            f"{site} embeds {what} under {split.name}, and NEFTune does not know how they are split: it needs ids of "
+            "shape (batch, length). Use a decoder-only model, or set `neftune_noise_alpha=None`."
         )
     width = ids.shape[1]
     given, parts = dict(given), {"ids": ids}
     positions = given.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
-        given["position_ids"] = positions[0]  # M-RoPE with the positions of the text before it
+        given["position_ids"] = positions[0]  # M-RoPE: row 0 has the text positions
     for name in ("attention_mask", "position_ids", "input_ids"):
         value = given.get(name)
         if not isinstance(value, torch.Tensor) or value.dim() != 2 or value is ids:
             continue
         if value.shape[1] == width:
             parts[name] = value
-    # The last row tells whose each column is, and which of its.
+    # The last row encodes each column's rank and its index there.
     places = torch.arange(width, device=ids.device) + split.rank * _FAR
     rows = [part.to(torch.int64) for part in parts.values()]
     *wholes, places = split.unshard(torch.cat([*rows, places[None]])).split([*map(len, rows), 1])
@@ -137,18 +137,18 @@ def whole_call(
         value = given.get(name)
         if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] != whole_ids.shape[1]:
             raise NEFTuneError(
-                f"`{name}` is {value.shape[1]} wide under {split.name}, where this process has {width} ids of "
-                f"{whole_ids.shape[1]}: neither its part nor the whole. Pass `{name}` without what stands before the "
-                "ids, such as virtual tokens, or set `neftune_noise_alpha=None`."
+                f"`{name}` has width {value.shape[1]} under {split.name}, where this process has {width} of "
+                f"{whole_ids.shape[1]} ids: it matches neither. Pass `{name}` without positions that precede the ids, "
+                "such as virtual tokens, or set `neftune_noise_alpha=None`."
             )
     return given, whole_ids, columns
 
 
 def own_part(output: torch.Tensor, ids: torch.Tensor, site: EmbeddingSite) -> Part | None:
-    """Which part of the embeddings of `ids`, (*ids.shape, d), a sharded `output` is; None where it is the whole.
+    """The part of the full embeddings (*ids.shape, d) that a sharded `output` holds; None if it holds all of them.
 
     Raises:
-        NEFTuneError: Its placement is not known, or is a sum that is not yet reduced.
+        NEFTuneError: Its placement is unknown, or a sum that is not reduced yet.
     """
     whole = (*ids.shape, site.embedding_dim)
     if isinstance(output, DTensor):
@@ -163,8 +163,8 @@ def own_part(output: torch.Tensor, ids: torch.Tensor, site: EmbeddingSite) -> Pa
             return Part(whole, index)
         placement = ""
     raise NEFTuneError(
-        f"{site} gave an output of shape {tuple(output.shape)}{placement} for ids of shape {tuple(ids.shape)}: it is "
-        "sharded in a way that NEFTune does not know. Give the embedding's output the placement Replicate() or "
+        f"{site} returned an output of shape {tuple(output.shape)}{placement} for ids of shape {tuple(ids.shape)}: it "
+        "is sharded in a way that NEFTune does not support. Give the embedding's output the placement Replicate() or "
         "Shard(), or set `neftune_noise_alpha=None`."
     )
 
@@ -173,7 +173,7 @@ def _slices_of_dtensor(output: DTensor) -> tuple[slice, ...] | None:
     if all(isinstance(placement, Replicate) for placement in output.placements):
         return None
     starts, sizes = [0] * output.dim(), list(output.shape)
-    for axis, placement in enumerate(output.placements):  # from the outermost axis of the mesh, as torch shards
+    for axis, placement in enumerate(output.placements):  # outermost mesh axis first, as torch shards
         if isinstance(placement, Shard):
             dim, mesh = placement.dim % output.dim(), output.device_mesh
             start, sizes[dim] = _chunk(sizes[dim], mesh.size(axis), mesh.get_local_rank(axis))
@@ -182,12 +182,12 @@ def _slices_of_dtensor(output: DTensor) -> tuple[slice, ...] | None:
 
 
 def _slices_of_local(output: torch.Tensor, whole: tuple[int, ...], site: EmbeddingSite) -> tuple[slice, ...] | None:
-    """The same for a plain tensor that is sharded along one dimension over the mesh of the embedding's weight."""
+    """The slices of a plain tensor that is sharded along one dimension over the mesh of the embedding's weight."""
     weight = next((p for p in site.module.parameters() if isinstance(p, DTensor)), None)
     if weight is None or output.dim() != len(whole):
         return None
     mesh = weight.device_mesh
-    if mesh.ndim > 1:  # data-parallel axes have other ids, and shard no output
+    if mesh.ndim > 1:  # data-parallel axes have different ids and do not shard the output
         if "tp" not in (mesh.mesh_dim_names or ()):
             return None
         mesh = mesh["tp"]
@@ -203,24 +203,24 @@ def _slices_of_local(output: torch.Tensor, whole: tuple[int, ...], site: Embeddi
 
 
 def _chunk(size: int, parts: int, number: int) -> tuple[int, int]:
-    """Start and size of a part, as `torch.chunk` cuts: all equal but the last ones."""
+    """Start and size of a part, as in `torch.chunk`: the last parts may be smaller or empty."""
     each = -(-size // parts)
     start = min(size, number * each)
     return start, min(each, size - start)
 
 
 def plain_arguments(ids: torch.Tensor, given: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Ids and layout arguments as plain tensors, whole where they are DTensors.
+    """Ids and layout arguments as plain tensors; DTensors are gathered.
 
     Raises:
-        NEFTuneError: The ids are sharded, and an argument is a plain tensor: whether it is whole is not known.
+        NEFTuneError: The ids are sharded and an argument is a plain tensor, so it is unknown whether that is sharded.
     """
     if isinstance(ids, DTensor) and not all(isinstance(p, Replicate) for p in ids.placements):
         for name, value in given.items():
             if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
                 raise NEFTuneError(
                     f"The token ids are a DTensor with placements {ids.placements}, and `{name}` is a plain tensor of "
-                    f"shape {tuple(value.shape)}: whether it is whole is not known. Make `{name}` a DTensor too."
+                    f"shape {tuple(value.shape)}, which may or may not be sharded. Make `{name}` a DTensor too."
                 )
     whole = ids.full_tensor() if isinstance(ids, DTensor) else ids
     plain = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in given.items()}
@@ -228,17 +228,17 @@ def plain_arguments(ids: torch.Tensor, given: Mapping[str, Any]) -> tuple[torch.
 
 
 def summed_over_ranks(power: torch.Tensor) -> torch.Tensor:
-    """`power`, summed over all processes in place. All of them have to call it."""
+    """Sum `power` over all processes, in place. A collective: every process must call it."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(power)
     return power
 
 
 def is_later_stage(root: nn.Module) -> bool:
-    """Whether `root` is a stage of a pipeline that is handed embeddings by the one before it.
+    """Whether `root` is a pipeline stage after the first, which receives embeddings from the previous stage.
 
-    transformers says so on the model. Elsewhere a stage has None in the embedding's place, as torch's guide to
-    pipelines has it; in a run of one process that is no stage.
+    transformers marks the model. Otherwise, as in torch's pipeline tutorial, the embedding of such a stage is None; in
+    a single process that does not count.
     """
     stages: list[Any] = [module._pp_stage for module in root.modules() if hasattr(module, "_pp_stage")]
     if stages:

@@ -1,4 +1,4 @@
-"""NEFTune in tools that only pass `neftune_noise_alpha` on to transformers."""
+"""NEFTune for tools that only pass `neftune_noise_alpha` on to transformers."""
 
 import logging
 import os
@@ -9,9 +9,9 @@ from .callback import NEFTuneCallback, in_every_trainer, prepare_transformers
 
 
 class PatchedCallback(NEFTuneCallback):
-    """In every Trainer made while transformers is patched; inert where the key is not set, or another callback is."""
+    """Added to every Trainer while transformers is patched. Inert without alpha, or if the Trainer has a callback."""
 
-    _level = logging.WARNING  # seen without any setting: the run is not what the tool alone would do
+    _level = logging.WARNING  # shown by default, because the run differs from what the tool alone would do
 
     def __init__(self):
         super().__init__()
@@ -20,15 +20,15 @@ class PatchedCallback(NEFTuneCallback):
     def on_train_begin(self, args, state, control, model, **kwargs):
         super().on_train_begin(args, state, control, model, **kwargs)
         if (seen := os.environ.get("NEFTUNE_HF_RUN")) and self.handle is not None and self.handle.sites:
-            Path(seen).touch()  # `neftune-hf run` looks for it when its command has ended
+            Path(seen).touch()  # `neftune-hf run` checks for it when its command has ended
 
 
 def patch_transformers() -> Callable[[], None]:
-    """Give `neftune_noise_alpha` to this library in every `transformers.Trainer` made from now on, subclasses included.
+    """Replace transformers' built-in NEFTune in every `transformers.Trainer` created from now on, including subclasses.
 
-    A trainer whose args have `neftune_noise_alpha` gets a [`NEFTuneCallback`], which takes the place of the built-in.
-    Other trainers are unchanged. Patching twice has no further effect. From the shell, and in the processes that a
-    tool's command starts, `neftune-hf run -- COMMAND` does the same.
+    A trainer with `neftune_noise_alpha` in its args gets a [`NEFTuneCallback`] instead of the built-in. Other trainers
+    are unchanged. Patching twice has no further effect. `neftune-hf run -- COMMAND` does the same for a tool's command
+    and the processes that it starts.
 
     Returns:
         `Callable[[], None]`: Undoes the patch.

@@ -1,4 +1,4 @@
-"""The report of `neftune-hf compare`: what the settings changed, in one page, in Markdown and in JSON."""
+"""The report of `neftune-hf compare`: differences between settings, as an HTML page, Markdown and JSON."""
 
 import importlib.resources
 import io
@@ -16,12 +16,12 @@ from . import __version__
 from .intervals import Interval, log_ratio, mean_interval, needed
 from .measure import text_metrics
 
-# Each difference is relative (of a positive quantity, in %) or absolute (of a share from 0 to 1, in percentage points).
+# Differences are relative (positive quantities, in %) or absolute (shares from 0 to 1, in percentage points).
 _METRICS = {
     "held_out": ("held-out loss", "relative"),
     "training": ("training loss", "relative"),
     "tokens": ("completion length, tokens", "relative"),
-    "ended": ("completions that ended by themselves", "absolute"),
+    "ended": ("completions that ended with EOS", "absolute"),
     "distinct_2": ("distinct-2", "absolute"),
     "repeated_4": ("repeated 4-grams", "absolute"),
     "rouge_l held_out": ("ROUGE-L with held-out references", "absolute"),
@@ -29,10 +29,10 @@ _METRICS = {
     "rouge_l training": ("ROUGE-L with training references", "absolute"),
     "bleu training": ("BLEU with training references", "absolute"),
 }
-_SMALL = 1.0  # %, a difference of loss that a verdict calls none if the whole interval is within it
-# Okabe and Ito's colours, so that they are seen on white and on black; markers and lines tell them apart too.
+_SMALL = 1.0  # %: if the whole interval is within +-1 %, the verdict is "no difference"
+# After Okabe and Ito, visible on white and on black; markers and line styles differ too.
 _COLOURS = ("#8a8a8a", "#d55e00", "#2f8fd0", "#1a9e77", "#cc79a7", "#b59b00")
-_TEXT = "#010203"  # stands for the colour of the text around a figure
+_TEXT = "#010203"  # placeholder, replaced by the page's text colour
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT),
     "svg.fonttype": "none", "svg.hashsalt": "neftune_hf", "axes.spines.top": False, "axes.spines.right": False,
@@ -46,11 +46,11 @@ def write_report(folder: Path, runs: list[dict[str, Any]], judge: str | None = N
 
     Args:
         folder (`Path`): An existing folder.
-        runs (`list[dict]`): What `neftune-hf compare` measured of each, the baseline's first.
-        judge (`str`, *optional*): Annotators of alpaca_eval, to compare completions by.
+        runs (`list[dict]`): The measurements of each run from `neftune-hf compare`, the baseline first.
+        judge (`str`, *optional*): Name of an alpaca_eval annotator that compares the completions.
 
     Returns:
-        `str`: The verdict and where the report is, for the terminal.
+        `str`: The verdict and the path of the report, for the terminal.
     """
     results = summarise(runs, judge)
     folder.joinpath("results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -68,7 +68,7 @@ def write_report(folder: Path, runs: list[dict[str, Any]], judge: str | None = N
 
 
 def summarise(runs: list[dict[str, Any]], judge: str | None = None) -> dict[str, Any]:
-    """The means of each setting and its differences from the first, with 95 % intervals over records and seeds."""
+    """The means of each setting and the differences from the first, with 95 % intervals over records and seeds."""
     names = list(dict.fromkeys(run["name"] for run in runs))
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
     tables = {name: _tables([run for run in runs if run["name"] == name]) for name in names}
@@ -77,7 +77,7 @@ def summarise(runs: list[dict[str, Any]], judge: str | None = None) -> dict[str,
     for key, (title, kind) in _METRICS.items():
         if key not in tables[base]:
             continue
-        # A record counts where every run has a number for it.
+        # Only records for which every run has a value.
         counted = np.all([np.isfinite(tables[name][key]).all(axis=0) for name in names], axis=0)
         own = {name: tables[name][key][:, counted] for name in names}
         if counted.sum() < 2 or (kind == "relative" and min(map(np.mean, own.values())) <= 0):
@@ -126,7 +126,7 @@ def _tables(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
             for completion, given in zip(completions, run["asked"][asked], strict=True):
                 measured = text_metrics(completion["text"], given["reference"] and _text(given["reference"]))
                 overlap = {f"{key} {asked}": measured.pop(key) for key in ("rouge_l", "bleu") if key in measured}
-                if asked != "training":  # where the training answers are known, only the overlap with them is asked
+                if asked != "training":  # for training prompts, only the overlap with the references is reported
                     overlap |= measured | {"tokens": completion["tokens"], "ended": completion["ended"]}
                 for key, value in overlap.items():
                     row.setdefault(key, []).append(float(value))
@@ -136,7 +136,7 @@ def _tables(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
-    """One sentence on a setting: what can be told from these runs, and what it would take where nothing can."""
+    """One sentence on a setting: the differences found, or how many seeds or records it would take to find one."""
     by_key = {metric["key"]: metric for metric in results["metrics"]}
     loss = by_key["held_out"]
     difference: Interval = loss["differences"][name]
@@ -144,12 +144,12 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
     if difference.excludes_zero:
         parts = [f"held-out loss {said}"]
     elif max(abs(difference.low), abs(difference.high)) < _SMALL:
-        parts = [f"no difference of held-out loss beyond {_SMALL:g} % ({said})"]
+        parts = [f"no difference in held-out loss beyond {_SMALL:g} % ({said})"]
     else:
         ways = " or ".join(
             f"{seeds} seed{'s' * (seeds > 1)} on {records:,} records" for seeds, records in loss["needed"][name]
         )
-        remedy = f"; about {ways} would tell a difference of this size" if ways else ""
+        remedy = f"; about {ways} would show a difference of this size" if ways else ""
         parts = [f"cannot tell whether held-out loss differs ({said}{remedy})"]
     if "tokens" in by_key:
         length: Interval = by_key["tokens"]["differences"][name]
@@ -157,7 +157,7 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
         if length.excludes_zero:
             parts.append(f"completions {mid:.2f} times as long [{low:.2f}, {high:.2f}]")
         else:
-            parts.append(f"no difference of completion length seen ({mid:.2f} times [{low:.2f}, {high:.2f}])")
+            parts.append(f"no difference in completion length found ({mid:.2f} times [{low:.2f}, {high:.2f}])")
     return f"{name} against {base}: {'; '.join(parts)}."
 
 
@@ -169,7 +169,7 @@ def _change(difference: Interval, kind: str) -> str:
 
 
 def _gap(values: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Differences of held-out minus training loss, as the tables that are summed, without records that have no loss."""
+    """The change in (held-out minus training loss), as two tables to be summed, without records that have no loss."""
     tables = values["held_out"] - baseline["held_out"], baseline["training"] - values["training"]
     return [table[:, np.isfinite(table).all(axis=0)] for table in tables]
 
@@ -181,12 +181,12 @@ def _wins(values: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
 
 
 def _without_folder(value: str) -> str:
-    """A local model by its name: where it is on this machine is nobody else's concern."""
+    """The folder name of a local model, so that a report contains no absolute paths."""
     return Path(value).name if Path(value).is_absolute() else value
 
 
 def _judged(runs: list[dict[str, Any]], base: str, others: list[str], judge: str) -> dict[str, Interval]:
-    """Win rates in % of each setting's completions over the baseline's of the same seed, by alpaca_eval."""
+    """Win rates in % of each setting's completions against the baseline's with the same seed, by alpaca_eval."""
     import alpaca_eval
 
     wins: dict[str, list[list[float]]] = {name: [] for name in others}
@@ -213,12 +213,12 @@ def _outputs(run: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _text(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt or a completion: a text, or messages of which the last one counts."""
+    """The text of a prompt or completion; of messages, the last one."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _side_by_side(runs: list[dict[str, Any]], count: int = 8) -> list[dict[str, Any]]:
-    """The first completions of the first seed, by prompt."""
+    """The first prompts with their completions from all settings, for the first seed."""
     shown = [run for run in runs if run["seed"] == runs[0]["seed"]]
     groups = [asked for asked in shown[0]["completions"] if asked != "training"]
     return [
@@ -234,7 +234,7 @@ def _side_by_side(runs: list[dict[str, Any]], count: int = 8) -> list[dict[str, 
 
 @matplotlib.rc_context(_STYLE)
 def draw(runs: list[dict[str, Any]], results: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """The figures as SVG that takes the colour of the text around it, each with a caption."""
+    """The figures as SVG in the page's text colour, each with a caption."""
     names = [setting["name"] for setting in results["settings"]]
     own = {name: [run for run in runs if run["name"] == name] for name in names}
     by_key = {metric["key"]: metric for metric in results["metrics"]}
@@ -252,11 +252,11 @@ def draw(runs: list[dict[str, Any]], results: dict[str, Any]) -> dict[str, tuple
             axes.plot(
                 steps, np.mean([[p[key] for p in run["curve"]] for run in own[name]], axis=0), label=name, **style[name]
             )
-        axes.set(title=f"{_METRICS[key][0]}, noise off", xlabel="optimiser step", ylabel="nats per token")
+        axes.set(title=f"{_METRICS[key][0]}, noise off", xlabel="optimizer step", ylabel="nats per token")
     left.legend()
     figures["curve"] = (
         _svg(figure),
-        "Mean over records and seeds. Lines that overlap show no visible difference.",
+        "Mean over records and seeds. Overlapping lines mean no visible difference.",
     )
 
     figure, (left, right) = _axes(2)
@@ -272,7 +272,7 @@ def draw(runs: list[dict[str, Any]], results: dict[str, Any]) -> dict[str, tuple
     left.legend()
     figures["records"] = (
         _svg(figure),
-        "The paper's figure 3, on these records: distributions after training, noise off.",
+        "As in the paper's figure 3: distributions over these records after training, noise off.",
     )
 
     figure, (left, right) = _axes(2)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL: its config and its trainer, with NEFTune."""
+"""TRL's `SFTConfig` and `SFTTrainer` with NEFTune."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class NEFTuneSFTConfig(SFTConfig):
     """TRL's `SFTConfig` with the fields of [`NEFTuneConfig`]; `neftune_noise_alpha` is transformers' own key.
 
     Args:
-        *args, **kwargs: Those of `SFTConfig`.
+        *args, **kwargs: As for `SFTConfig`.
         neftune_noise_type, neftune_length, neftune_schedule, neftune_seed, neftune_symmetric: As in [`NEFTuneConfig`].
 
     Raises:
@@ -35,14 +35,14 @@ class NEFTuneSFTConfig(SFTConfig):
     )
     neftune_length: str = field(
         default="tokens",
-        metadata={"help": "tokens: each sequence's real length (the paper); width: the padded width (transformers)."},
+        metadata={"help": "L: tokens, each sequence's real length (the paper); or width, the padded width."},
     )
     neftune_schedule: str = field(
         default="constant", metadata={"help": "Alpha over training: constant, linear or cosine to 0."}
     )
     neftune_seed: int | None = field(default=None, metadata={"help": "Seed of the noise; default: `seed`."})
     neftune_symmetric: bool = field(
-        default=False, metadata={"help": "Two passes over each batch, with e + s and e - s (SymNoise): twice the time."}
+        default=False, metadata={"help": "Pass each batch twice, with e + s and e - s (SymNoise); takes twice as long."}
     )
 
     def __post_init__(self):
@@ -54,11 +54,11 @@ class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with NEFTune; see [`NEFTuneTrainerMixin`].
 
     Args:
-        *args, **kwargs: Those of `SFTTrainer`. Fields of [`NEFTuneConfig`] may be given as keywords too.
+        *args, **kwargs: As for `SFTTrainer`, plus the fields of [`NEFTuneConfig`] as keyword arguments.
 
     Raises:
         NEFTuneConfigError: A setting is out of range, or is given twice with different values.
-        NEFTuneError: `neftune_symmetric` is True and the optimizer steps inside of backward.
+        NEFTuneError: `neftune_symmetric` is True and the optimizer steps during backward.
         EmbeddingNotFoundError: The model has no token embeddings.
 
     Example:
@@ -77,8 +77,8 @@ class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
         wrapped = self.args.packing and self.args.packing_strategy == "wrapped"
         if config.enabled and config.neftune_length == "tokens" and wrapped:
             warnings.warn(
-                "`packing_strategy='wrapped'` cuts documents anywhere and keeps no boundaries, so NEFTune takes each "
-                "row's width as L. Use `packing_strategy='bfd'` for the paper's noise.",
+                "`packing_strategy='wrapped'` splits documents and keeps no boundaries, so NEFTune uses each row's "
+                "width as L. Use `packing_strategy='bfd'` for the paper's noise.",
                 NEFTuneWarning,
                 stacklevel=2,
             )

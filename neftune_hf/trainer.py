@@ -1,4 +1,4 @@
-"""NEFTune for a class of trainers: the mixin, symmetric pairs, warnings, and the model card."""
+"""The trainer mixin, with symmetric pairs, warnings, and the model card."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ from .errors import NEFTuneError, NEFTuneWarning
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    _Trainer = Trainer  # what stands behind the mixin in every subclass
+    _Trainer = Trainer  # follows the mixin in every subclass's MRO
 else:
     _Trainer = object
 
@@ -33,21 +33,21 @@ else:
 class NEFTuneTrainerMixin(_Trainer):
     """NEFTune for any subclass of `transformers.Trainer`, set by `neftune_noise_alpha` in its args.
 
-    The key is read anew at each `train()`, so every trial of a hyperparameter search trains at its own alpha, and
-    transformers' built-in NEFTune is off. Whatever ends `train()`, the model is clean afterwards.
+    The args are read at each `train()`, so every trial of a hyperparameter search uses its own alpha. transformers'
+    built-in NEFTune is off. The model is clean after `train()`, even if it raises.
 
-    With `neftune_symmetric`, each micro-batch is passed twice, with e + s and with e - s, and its loss is the mean of
-    the two: loss and gradients are those of a batch that has both, in the memory that gradient accumulation takes. The
-    trainer's own `training_step` and `compute_loss` run twice; tokens are counted once, TRL's other metrics are means
-    over the two.
+    With `neftune_symmetric`, each micro-batch is passed twice, with e + s and with e - s, and the loss is the mean of
+    the two: loss and gradients are those of a batch that contains both, with the memory use of gradient accumulation.
+    The trainer's own `training_step` and `compute_loss` run twice. Tokens are counted once; TRL's other metrics are
+    means over the two passes.
 
     Args:
-        *args, **kwargs: Those of the trainer. Fields of [`NEFTuneConfig`] may be given as keywords too.
+        *args, **kwargs: As for the trainer, plus the fields of [`NEFTuneConfig`] as keyword arguments.
 
     Raises:
         NEFTuneConfigError: A setting is out of range, or is given twice with different values.
-        NEFTuneError: The mixin stands behind the trainer among a class's bases; or `neftune_symmetric` is True and the
-            trainer makes its batch inside a step (GRPO, RLOO), or the optimizer steps inside of backward (LOMO).
+        NEFTuneError: A class has the mixin after the trainer in its bases; or `neftune_symmetric` is True and the
+            trainer generates its batch inside a step (GRPO, RLOO), or the optimizer steps during backward (LOMO).
 
     Example:
 
@@ -59,10 +59,10 @@ class NEFTuneTrainerMixin(_Trainer):
     ```
     """
 
-    _metrics: Any  # of TRL's trainers, as is the next
+    _metrics: Any  # these two are attributes of TRL's trainers
     _total_train_tokens: Any
 
-    # The Trainer copies the key from its args and switches the built-in on with it: here it stays off.
+    # The Trainer sets this attribute from its args and then activates the built-in; the property keeps it off.
     neftune_noise_alpha = property(lambda self: None, lambda self, value: None)
 
     def __init_subclass__(cls, **kwargs):
@@ -71,7 +71,7 @@ class NEFTuneTrainerMixin(_Trainer):
         if Trainer in bases and bases.index(Trainer) < bases.index(NEFTuneTrainerMixin):
             trainer = next(base for base in cls.__bases__ if issubclass(base, Trainer))
             raise NEFTuneError(
-                f"`{cls.__name__}` has `NEFTuneTrainerMixin` behind `{trainer.__name__}`, where it has no effect. "
+                f"`{cls.__name__}` has `NEFTuneTrainerMixin` after `{trainer.__name__}`, where it has no effect. "
                 f"Write `class {cls.__name__}(NEFTuneTrainerMixin, {trainer.__name__})`."
             )
 
@@ -82,8 +82,8 @@ class NEFTuneTrainerMixin(_Trainer):
         given = [own for own in self.callback_handler.callbacks if type(own) is NEFTuneCallback]
         if not given or fields:
             callback.on_init_end(self.args, self.state, self.control, self.model)
-            # Behind the flow callback, which says when to log, and before the progress bar: a run's first line would
-            # stand on the bar's.
+            # After the flow callback, which decides when to log, and before the progress bar, which would otherwise
+            # share a line with the first log message.
             self.callback_handler.callbacks.insert(1, callback)
         self.neftune_callback = given[0] if given else callback
         self._refuse_pairs(merge(self.neftune_callback.fields, self.args))
@@ -110,7 +110,7 @@ class NEFTuneTrainerMixin(_Trainer):
             return super().training_step(model, inputs, *args, **kwargs)
         with _half_of_each_loss(self.accelerator) as losses:
             with _without_synchronisation(self.accelerator, model):
-                # A pass may take entries out of its inputs, or shard them in place (context parallelism).
+                # A pass may pop entries from its inputs, or shard them in place (context parallelism).
                 first = super().training_step(model, copy.deepcopy(inputs), *args, **kwargs)
             tokens = getattr(self, "_total_train_tokens", None)
             with handle.negated():
@@ -121,7 +121,7 @@ class NEFTuneTrainerMixin(_Trainer):
                 "where its loss cannot be halved. Call `self.accelerator.backward(loss)`, or set "
                 "`neftune_symmetric=False`."
             )
-        if tokens is not None:  # of TRL's trainers
+        if tokens is not None:  # TRL's trainers
             self._total_train_tokens = self._metrics["train"]["num_tokens"][0] = tokens
         return (first + second) / 2
 
@@ -131,18 +131,18 @@ class NEFTuneTrainerMixin(_Trainer):
         if (maker := _makes_its_batches(type(self))) is not None:
             raise NEFTuneError(
                 f"`neftune_symmetric` is True in {type(self).__name__}, and {maker.__name__} makes its batch inside a "
-                "training step: a second pass would get another one. Set `neftune_symmetric=False`. TRL's SFT, DPO, "
-                "KTO and reward trainers can do it."
+                "training step, so a second pass would get a different one. Set `neftune_symmetric=False`. TRL's SFT, "
+                "DPO, KTO and reward trainers support it."
             )
         optimizer = getattr(self.args.optim, "value", self.args.optim)
         if "lomo" in optimizer or optimizer.endswith("layerwise"):
             raise NEFTuneError(
-                f"`neftune_symmetric` is True and `optim` is {optimizer!r}, which steps inside of backward, before the "
+                f"`neftune_symmetric` is True and `optim` is {optimizer!r}, which steps during backward, before the "
                 "second pass. Use another `optim`, or set `neftune_symmetric=False`."
             )
 
     def _on_neftune_resolved(self, config: NEFTuneConfig) -> None:
-        """Called with a run's settings when it begins."""
+        """Called with the merged settings when a run begins."""
         self._refuse_pairs(config)
         self._warn_about_neftune(config)
 
@@ -150,7 +150,7 @@ class NEFTuneTrainerMixin(_Trainer):
         if config.enabled and self.is_world_process_zero() and _divides_by_a_clean_pass(self):
             warnings.warn(
                 f"`neftune_noise_alpha` is {config.neftune_noise_alpha:g} in a {type(self).__name__}, whose loss "
-                "divides the policy's probabilities, which are noised, by those of an earlier pass, which are not: the "
+                "divides the policy's probabilities from a noised pass by those from an earlier, clean pass: the "
                 "ratios are off from the first step and many are clipped. NEFTune is for supervised fine-tuning.",
                 NEFTuneWarning,
                 stacklevel=2,
@@ -158,15 +158,15 @@ class NEFTuneTrainerMixin(_Trainer):
 
 
 def add_to_card(file: Path, run: NEFTuneRun) -> None:
-    """Give a model card the tag `neftune` and a section with what is needed to train the same model again.
+    """Add the tag `neftune` and a section with the settings of the run to a model card.
 
-    A card that cannot be read is left as it is, with a warning in the log: it must not end a run.
+    A card that cannot be read is left unchanged and a warning is logged, since it must not end a run.
     """
     try:
         card = ModelCard.load(file)
         card.data.tags = sorted({*(card.data.tags or ()), "neftune"})
-    except Exception as error:  # YAML's own errors, encodings, tags that are no list
-        logger.warning("NEFTune: the model card %s has no section on NEFTune, since it cannot be read: %s", file, error)
+    except Exception as error:  # YAML errors, encodings, tags that are not a list
+        logger.warning("NEFTune: cannot read the model card %s, so no section was added to it: %s", file, error)
         return
     config = run.config
     lengths = {
@@ -197,7 +197,7 @@ def add_to_card(file: Path, run: NEFTuneRun) -> None:
 
 @contextlib.contextmanager
 def _half_of_each_loss(accelerator: Accelerator) -> Iterator[list[torch.Tensor]]:
-    """Halve losses where they are differentiated: after everything that a subclass adds, before they are accumulated.
+    """Halve each loss in `accelerator.backward`, after everything that a subclass adds to it.
 
     Yields:
         `list[torch.Tensor]`: The losses so far.
@@ -219,9 +219,9 @@ def _half_of_each_loss(accelerator: Accelerator) -> Iterator[list[torch.Tensor]]
 
 @contextlib.contextmanager
 def _without_synchronisation(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """The gradients of a first pass are only accumulated: DDP reduces them, and DeepSpeed steps, after the second.
+    """Only accumulate the gradients of the first pass: DDP reduces, and DeepSpeed steps, after the second.
 
-    FSDP reduces them at once: it would have to keep them unsharded.
+    FSDP still reduces in both passes; otherwise it would have to keep unsharded gradients.
     """
     state = accelerator.gradient_state
     synchronises, inner = state.sync_gradients, getattr(model, "_orig_mod", model)
@@ -234,8 +234,8 @@ def _without_synchronisation(accelerator: Accelerator, model: nn.Module) -> Iter
 
 
 def _makes_its_batches(trainer_class: type) -> type | None:
-    """The class of TRL that makes, buffers or counts its batches in a step; None where a step is given its batch."""
-    given = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer")  # their own step only offloads activations
+    """The TRL class that makes, buffers or counts its batches inside a step; None if a step is passed its batch."""
+    given = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer")  # override it only to offload activations
     for cls in trainer_class.__mro__:
         in_a_step = {"training_step", "_prepare_inputs"} & vars(cls).keys()
         if cls.__module__.startswith("trl.") and in_a_step and cls.__name__ not in given:
@@ -244,7 +244,7 @@ def _makes_its_batches(trainer_class: type) -> type | None:
 
 
 def _divides_by_a_clean_pass(trainer: Any) -> bool:
-    """RLOO and asynchronous GRPO always do; GRPO does unless each rollout is used once, in the step it is made for."""
+    """RLOO and asynchronous GRPO always do; GRPO does unless every rollout is used in one optimizer step only."""
     names, args = {cls.__name__ for cls in type(trainer).__mro__}, trainer.args
     if "GRPOTrainer" in names:
         rollout_steps = args.steps_per_generation * args.num_iterations

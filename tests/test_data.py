@@ -154,7 +154,7 @@ def test_a_system_column_is_the_system_message():
         ({"messages": MESSAGES, "prompt": "x"}, "taken from messages; not used: prompt"),
         ({"prompt": "x", "completion": "y", "text": "xy"}, "taken from completion, prompt; not used: text"),
         ({"prompt": "x", "completion": "y", "system": "z"}, "taken from completion, prompt; not used: system"),
-        (RECORD | {"response": "x"}, "response is read where output is null"),
+        (RECORD | {"response": "x"}, "response is used where output is null"),
     ],
 )
 def test_ambiguous_columns_are_named_in_the_log(row, part, caplog):
@@ -179,10 +179,10 @@ def test_trls_own_forms_stay_what_they_are():
     ("row", "message"),
     [
         ({"query": "a", "output": "b"}, "my set has the columns output, query, .* `instruction` and `output`"),
-        (RECORD | {"output": ["a", "b"]}, r"my set: `output` has a list where text belongs: \['a', 'b'\]"),
+        (RECORD | {"output": ["a", "b"]}, r"my set: `output` has a list instead of text: \['a', 'b'\]"),
         ({"prompt": "a", "completion": MESSAGES}, "one of `prompt` and `completion` is text and the other messages"),
-        ({"conversations": [{"from": "bot", "value": "Hm."}]}, "my set: a turn is from 'bot'; known are human"),
-        ({"conversations": ["Hm."]}, "my set: a turn has `role` and `content`, or `from` and `value`; found 'Hm.'"),
+        ({"conversations": [{"from": "bot", "value": "Hm."}]}, "my set: a turn is from 'bot'; known roles are human"),
+        ({"conversations": ["Hm."]}, "my set: a turn needs `role` and `content`, or `from` and `value`; found 'Hm.'"),
     ],
 )
 def test_what_has_no_known_form_is_refused(row, message):

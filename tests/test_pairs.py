@@ -560,7 +560,7 @@ def test_a_callback_alone_is_refused_and_the_mixin_takes_it(tmp_path, caplog):
     own = make(tmp_path, pair_trainer)
     with caplog.at_level(logging.INFO, logger="neftune_hf"):
         train(taken)
-    assert "symmetric pairs: two passes a step" in caplog.records[0].getMessage()
+    assert "symmetric pairs: two passes per step" in caplog.records[0].getMessage()
     train(own)
     assert losses(taken) == losses(own)
     run = own.neftune_callback.run

@@ -78,7 +78,7 @@ def test_trls_own_command(tmp_path, model_folder):
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "on model.embed_tokens (Embedding, d=32); it takes the place of transformers' built-in" in result.stderr
+    assert "on model.embed_tokens (Embedding, d=32); replaces transformers' built-in" in result.stderr
 
 
 def test_axolotls_plugin(tmp_path, monkeypatch):

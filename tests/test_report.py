@@ -46,14 +46,14 @@ def test_a_planted_difference_is_told_with_its_size():
 
 def test_none_is_called_none_where_the_interval_is_narrow():
     (verdict,) = summarise(runs([0, 0], noise=0.005))["verdict"]
-    assert "no difference of held-out loss beyond 1 %" in verdict
-    assert "no difference of completion length seen" in verdict
+    assert "no difference in held-out loss beyond 1 %" in verdict
+    assert "no difference in completion length found" in verdict
 
 
 def test_too_little_to_conclude_says_how_much_would_do():
     (verdict,) = summarise(runs([0, 0.02], records=8, noise=0.3))["verdict"]
     assert "cannot tell whether held-out loss differs" in verdict
-    assert re.search(r"about \d+ seeds on [\d,]+ records.* would tell a difference of this size", verdict)
+    assert re.search(r"about \d+ seeds on [\d,]+ records.* would show a difference of this size", verdict)
 
 
 def test_each_metric_has_its_value_by_hand():

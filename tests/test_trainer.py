@@ -113,7 +113,7 @@ def test_the_built_in_gives_way_and_the_log_says_so(tmp_path, caplog):
     lines = [record.getMessage() for record in ours if record.levelno == logging.INFO]
     assert len(lines) == 1
     assert "alpha 5 (constant), on model.embed_tokens (Embedding, d=32)" in lines[0]
-    assert "takes the place of transformers' built-in" in lines[0]
+    assert "replaces transformers' built-in" in lines[0]
     train(reference)
     assert built_in == [[]] * 4
     assert losses(trainer) == losses(reference)

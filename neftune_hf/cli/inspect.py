@@ -255,7 +255,7 @@ def inspection(reports: list[dict[str, Any]]) -> str:
         else:
             lines += [f"  embedding RMS   {report['embedding_rms']:.4g}"]
         if report["symmetric"]:
-            lines += ["  symmetric pairs e + s and e - s, two passes a step"]
+            lines += ["  symmetric pairs e + s and e - s, two passes per step"]
         for alpha, values in report["alphas"].items():
             line = f"  alpha {alpha:<4g}      {report['noise_type']} noise, RMS {values['noise_rms']:.4g} "
             line += f"at {report['length']:g} tokens"

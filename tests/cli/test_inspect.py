@@ -94,7 +94,7 @@ def test_a_yaml_file_gives_its_alpha_and_noise_type(model_folder, tmp_path, caps
     assert "symmetric" not in said
     file.write_text(file.read_text() + "neftune_symmetric: true\n")
     assert cli.main(["inspect", str(file)]) == 0
-    assert "symmetric pairs e + s and e - s, two passes a step\n  alpha 7" in capsys.readouterr().out
+    assert "symmetric pairs e + s and e - s, two passes per step\n  alpha 7" in capsys.readouterr().out
 
 
 def test_the_length_is_that_of_the_data(model_folder, tmp_path, capsys):
