@@ -150,10 +150,10 @@ def test_a_system_column_is_the_system_message():
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        (RECORD | {"text": "x"}, "taken from input, instruction, output; not used: text"),
-        ({"messages": MESSAGES, "prompt": "x"}, "taken from messages; not used: prompt"),
-        ({"prompt": "x", "completion": "y", "text": "xy"}, "taken from completion, prompt; not used: text"),
-        ({"prompt": "x", "completion": "y", "system": "z"}, "taken from completion, prompt; not used: system"),
+        (RECORD | {"text": "x"}, "using the columns input, instruction, output; not used: text"),
+        ({"messages": MESSAGES, "prompt": "x"}, "using the columns messages; not used: prompt"),
+        ({"prompt": "x", "completion": "y", "text": "xy"}, "using the columns completion, prompt; not used: text"),
+        ({"prompt": "x", "completion": "y", "system": "z"}, "using the columns completion, prompt; not used: system"),
         (RECORD | {"response": "x"}, "response is used where output is null"),
     ],
 )
@@ -180,7 +180,7 @@ def test_trls_own_forms_stay_what_they_are():
     [
         ({"query": "a", "output": "b"}, "my set has the columns output, query, .* `instruction` and `output`"),
         (RECORD | {"output": ["a", "b"]}, r"my set: `output` has a list instead of text: \['a', 'b'\]"),
-        ({"prompt": "a", "completion": MESSAGES}, "one of `prompt` and `completion` is text and the other messages"),
+        ({"prompt": "a", "completion": MESSAGES}, "one of `prompt` and `completion` is text, the other messages"),
         ({"conversations": [{"from": "bot", "value": "Hm."}]}, "my set: a turn is from 'bot'; known roles are human"),
         ({"conversations": ["Hm."]}, "my set: a turn needs `role` and `content`, or `from` and `value`; found 'Hm.'"),
     ],

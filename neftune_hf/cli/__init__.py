@@ -1,4 +1,4 @@
-"""The command `neftune-hf`: one file per command, each imported only when it runs, so that help is instant."""
+"""The `neftune-hf` command: one file per subcommand, imported only when it runs, so that `--help` is instant."""
 
 import argparse
 import importlib
@@ -11,11 +11,11 @@ from .. import __version__
 from ..errors import NEFTuneError
 
 _COMMANDS = {
-    "sft": "supervised fine-tuning with TRL: --config FILE, and any field of its SFTConfig as an option",
+    "sft": "supervised fine-tuning with TRL; takes --config FILE and any field of SFTConfig as an option",
     "inspect": "report a model's embedding scale and the noise-to-embedding ratio at each alpha",
     "compare": "train with several alphas and seeds, and report the differences",
-    "generate": "greedy completions of a file of prompts, in alpaca_eval's format",
-    "run": "run a tool's command with this library for its neftune_noise_alpha: neftune-hf run -- COMMAND ...",
+    "generate": "complete a file of prompts greedily, in alpaca_eval's format",
+    "run": "run a tool with this library in place of transformers' NEFTune: neftune-hf run -- COMMAND ...",
     "env": "print versions for a bug report",
 }
 _EXTRAS = {"trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "quantized"} | dict.fromkeys(
@@ -24,7 +24,7 @@ _EXTRAS = {"trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "qua
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `neftune-hf`; the exit status is 0, or 2 for an error that names its remedy."""
+    """Run `neftune-hf`. The exit status is 0, or 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="neftune-hf", description="NEFTune (noisy embedding fine-tuning) for Hugging Face models."
     )
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command, rest = parser.parse_args(argv[:1]).command, argv[1:]
     logging.basicConfig(format="%(message)s")
-    # What the library says of a run and its data is the same in every process.
+    # Log on rank 0 only: the messages are the same in every process.
     logging.getLogger("neftune_hf").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         importlib.import_module(f".{command}", __name__).run(rest)

@@ -1,4 +1,4 @@
-"""`neftune-hf compare`: the same training with several settings and seeds, and what the settings changed."""
+"""`neftune-hf compare`: train with several settings and seeds, and report the differences."""
 
 import argparse
 import dataclasses
@@ -25,8 +25,8 @@ from .sft import (
     _trainer,
 )
 
-_POINTS = 4  # of a run, at which its clean losses are measured
-# A grid has one progress bar, saves measurements instead of models, and evaluates by itself.
+_POINTS = 4  # how often a run measures its losses without noise
+# The grid has its own progress bar and evaluation, and saves measurements instead of models.
 _FIXED = {
     "eval_strategy": "no", "eval_on_start": "false", "save_strategy": "no", "load_best_model_at_end": "false",
     "push_to_hub": "false", "disable_tqdm": "true", "eval_packing": "false",
@@ -36,16 +36,15 @@ _FIXED = {
 def run(argv: Sequence[str]) -> None:
     """Train one configuration with several settings and seeds, and report the differences.
 
-    Runs with the same seed are pairs: the same batches, dropout and initial adapter. With the noise off, their
-    losses and greedy completions are then compared record by record, with confidence intervals over records and seeds;
-    report.html, report.md and results.json are written to `output_dir`. Called again, it resumes after the last
-    finished run.
+    Runs with the same seed are pairs: they have the same batches, dropout and initial adapter. Their losses and greedy
+    completions with the noise off are compared record by record, with confidence intervals over records and seeds, in
+    report.html, report.md and results.json in `output_dir`. When called again, it resumes after the last finished run.
     """
     parser = argparse.ArgumentParser(
         prog="neftune-hf compare",
         usage="%(prog)s --config FILE [--alphas A [A ...]] [--seeds N [N ...]] [OPTIONS]",
         description=run.__doc__,
-        epilog="All other options, --output_dir among them, are those of `neftune-hf sft`.",
+        epilog="All other options, such as --output_dir, are those of `neftune-hf sft`.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -60,7 +59,7 @@ def run(argv: Sequence[str]) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE,...",
-        help="another field to vary; repeat for further fields",
+        help="another field to vary; can be repeated",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument(
@@ -68,49 +67,49 @@ def run(argv: Sequence[str]) -> None:
         type=int,
         default=100,
         metavar="N",
-        help="of held-out and of training data each, to measure on (default: %(default)s)",
+        help="measure on N held-out and N training records (default: %(default)s)",
     )
     parser.add_argument(
         "--max_new_tokens",
         type=int,
         default=256,
         metavar="N",
-        help="length limit of a completion (default: %(default)s); 0 for none",
+        help="maximum length of a completion (default: %(default)s); 0 for no completions",
     )
     parser.add_argument(
-        "--prompts", metavar="FILE", help="more instructions to complete, as `neftune-hf generate` reads them"
+        "--prompts", metavar="FILE", help="more instructions to complete, in the format of `neftune-hf generate`"
     )
     parser.add_argument(
-        "--judge", metavar="NAME", help="annotators of alpaca_eval, which call a paid service with a key of yours"
+        "--judge", metavar="NAME", help="an alpaca_eval annotator, which calls a paid service with your API key"
     )
     own, rest = parser.parse_known_args(argv)
     for name, least in {"records": 2, "max_new_tokens": 0}.items():
         if (value := getattr(own, name)) < least:
-            raise NEFTuneConfigError(f"`--{name}` is {value}, and must be at least {least}.")
+            raise NEFTuneConfigError(f"`--{name}` is {value}; it must be at least {least}.")
     cells = [(setting, seed) for setting in _settings(own) for seed in own.seeds]
     rest = recipes.with_files(rest)
     in_file = _check_files(rest)
     _silence()
     *given, launch = _parse(rest, in_file)
-    parsed = [_parse(_words(rest, *cell), in_file)[:-1] for cell in cells]  # what is refused, before any training
+    parsed = [_parse(_words(rest, *cell), in_file)[:-1] for cell in cells]  # validate all runs before training any
     if _launched("compare", launch, argv):
         return
     _check(*given)
     script_args, training_args, _, mixture = given
     if script_args.dataset_streaming or mixture.streaming:
-        raise NEFTuneConfigError("Runs are compared on the same records, and a stream is not read twice: no streaming.")
+        raise NEFTuneConfigError("`compare` reads the records more than once, so they cannot be streamed.")
     _Grid(own, cells, parsed, evaluates=training_args.eval_strategy != "no").run()
 
 
 def _settings(own: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every combination of the values given; the first is the baseline."""
+    """All combinations of the given values; the first is the baseline."""
     import yaml
 
     axes: dict[str, list[Any]] = {}
     for words in own.vary:
         field, _, values = words.partition("=")
         if not values:
-            raise NEFTuneConfigError(f"`--vary` is {words!r}; write it as --vary neftune_length=tokens,width")
+            raise NEFTuneConfigError(f"`--vary` is {words!r}; write it like --vary neftune_length=tokens,width")
         axes[field] = [yaml.safe_load(value) for value in values.split(",")]
     if own.alphas or not axes:
         axes["neftune_noise_alpha"] = own.alphas or [0.0, 5.0]
@@ -119,12 +118,12 @@ def _settings(own: argparse.Namespace) -> list[dict[str, Any]]:
     if len(set(names)) < len(names) or len(set(own.seeds)) < len(own.seeds):
         raise NEFTuneConfigError(f"A setting or a seed is given twice: {'; '.join(names)}; seeds {own.seeds}.")
     if len(names) < 2:
-        raise NEFTuneConfigError(f"There is one setting, {names[0]}. Give two values or more, to compare them.")
+        raise NEFTuneConfigError(f"There is only one setting, {names[0]}. Give at least two values to compare.")
     return settings
 
 
 def _name(setting: dict[str, Any]) -> str:
-    """As in `alpha 5` and `length width, alpha 5`."""
+    """A short name, such as `alpha 5` or `length width, alpha 5`."""
     parts = []
     for field, value in setting.items():
         short = field.removeprefix("neftune_").removeprefix("noise_")
@@ -138,11 +137,11 @@ def _words(rest: Sequence[str], setting: dict[str, Any], seed: int) -> list[str]
 
 
 class _Grid:
-    """The runs of a comparison; what is measured of each is a file in `output_dir`/runs.
+    """The runs of a comparison. Each run's measurements are a file in `output_dir`/runs.
 
     Attributes:
-        cells: A setting and a seed for each run.
-        parsed: The arguments of each run, as `neftune-hf sft` has them.
+        cells: The setting and seed of each run.
+        parsed: The parsed arguments of each run, as in `neftune-hf sft`.
     """
 
     def __init__(self, own: argparse.Namespace, cells: list[tuple[dict, int]], parsed: list[tuple], evaluates: bool):
@@ -167,7 +166,7 @@ class _Grid:
         logger.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
         with state.main_process_first():
             self.load()
-        logger.setLevel(logging.ERROR)  # what a run's first line says is in the report
+        logger.setLevel(logging.ERROR)  # the report has what each run would log
         todo = [number for number in range(len(self.cells)) if not self.is_done(number)]
         shown = "{desc} {percentage:3.0f} % |{bar}| {elapsed}, {remaining} left"
         with tqdm(total=len(todo), smoothing=0, bar_format=shown, disable=not state.is_main_process) as bar:
@@ -176,7 +175,7 @@ class _Grid:
                 result = self.train(number, lambda share: bar.update(min(share, len(todo) - bar.n)))
                 if state.is_main_process:
                     self.file(number).parent.mkdir(parents=True, exist_ok=True)
-                    part = self.file(number).with_suffix(".part")  # a run that is cut off leaves no file
+                    part = self.file(number).with_suffix(".part")  # an interrupted write leaves no result file
                     part.write_text(json.dumps(result), encoding="utf-8")
                     part.replace(self.file(number))
                 state.wait_for_everyone()
@@ -186,7 +185,7 @@ class _Grid:
         _leave_processes()
 
     def load(self) -> None:
-        """Read what is trained on, records to measure on, and prompts to complete."""
+        """Load the training set, the records to measure on, and the prompts to complete."""
         script_args, training_args, _, mixture = self.parsed[0]
         wanted = [script_args.dataset_train_split, *([script_args.dataset_test_split] if self.evaluates else [])]
         train, *tests = _data(script_args, training_args, mixture, self.tokenizer, wanted)
@@ -196,8 +195,8 @@ class _Grid:
         if not tests:
             if len(train) < 2 * count:
                 raise DatasetError(
-                    f"`--records` is {count}, to be held out of {len(train)} records. Give a smaller number, or set "
-                    "`eval_strategy: epoch` to measure on `dataset_test_split`."
+                    f"`--records` is {count}, too many to hold out of {len(train)} records. Use a smaller number, or "
+                    "set `eval_strategy: epoch` to measure on `dataset_test_split`."
                 )
             split = train.train_test_split(test_size=count, seed=0)
             train, tests = split["train"], [split["test"]]
@@ -224,7 +223,7 @@ class _Grid:
         return self.folder / "runs" / f"{self.name(number).replace(', ', '_').replace(' ', '-')}.json"
 
     def settings(self, number: int) -> dict[str, str]:
-        """What the result of a run depends on, so that results of other settings are not taken for its own."""
+        """The settings that a run's result depends on, saved with it to detect results from other settings."""
         found = {name: str(getattr(self.own, name)) for name in ("records", "max_new_tokens", "prompts")}
         for group in self.parsed[number]:
             for field in dataclasses.fields(group):
@@ -242,8 +241,8 @@ class _Grid:
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 raise NEFTuneConfigError(
-                    f"`output_dir` {self.folder} has a run of {self.name(number)} with `{name}` {then.get(name)}, and "
-                    f"it is {now.get(name)} now. Name another folder, or remove {file}."
+                    f"`output_dir` {self.folder} has a run of {self.name(number)} with `{name}` {then.get(name)}, but "
+                    f"it is {now.get(name)} now. Use another folder, or remove {file}."
                 )
         return True
 
@@ -251,7 +250,7 @@ class _Grid:
         """Train one cell and measure it.
 
         Args:
-            progress (`Callable`): Called with the share of the run that is new since the last call.
+            progress (`Callable`): Called with the share of the run completed since the last call.
         """
         from transformers import PrinterCallback, TrainerCallback, set_seed
 
@@ -259,18 +258,18 @@ class _Grid:
 
         setting, seed = self.cells[number]
         _, training_args, model_args, _ = self.parsed[number]
-        settings = self.settings(number)  # before the trainer completes them
-        set_seed(seed)  # the initial adapter: TRL seeds it from 1.16 on, not at our lower bound
+        settings = self.settings(number)  # before the trainer modifies the arguments
+        set_seed(seed)  # for the initial adapter, which TRL seeds itself only from 1.16 on
         trainer: Any = _trainer(training_args, model_args, self.tokenizer, self.train_set, self.measured)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise NEFTuneError(
-                "`accelerate_config` shards the model over processes, and its losses and completions are measured on "
-                "whole models. Use `--accelerate_config ddp` or a single process."
+                "`accelerate_config` shards the model over processes, but `compare` measures losses and completions on "
+                "unsharded models. Use `--accelerate_config ddp` or a single process."
             )
         trainer.remove_callback(PrinterCallback)
         collate = dataclasses.replace(trainer.data_collator, padding_free=False)
         batch_size, processes = training_args.per_device_eval_batch_size, trainer.accelerator.num_processes
-        # Rough shares of a run's time. The time left is right all the same, for it counts whole runs.
+        # Rough shares of a run's time; the estimate of the time left evens out over whole runs.
         records, prompts = (sum(map(len, group.values())) for group in (self.measured, self.asked))
         per_step, per_loss = 0.5, (0.3 if prompts else 0.5) / _POINTS / records * processes
         per_completion = 0.2 / max(prompts, 1) * processes
@@ -317,7 +316,7 @@ class _Grid:
         return result
 
     def complete(self, trainer: Any, asked: list[dict], progress: Callable[[int], Any]) -> list[dict[str, Any]]:
-        """Greedy completions, with the authors' repetition penalty."""
+        """Greedy completions with the authors' repetition penalty."""
         made, size = [], trainer.args.per_device_eval_batch_size
         for start in range(0, len(asked), size):
             prompts = [row["prompt"] for row in asked[start : start + size]]
@@ -329,7 +328,7 @@ class _Grid:
 
 
 def _over_processes(accelerator: Any, items: list, measure: Callable[[list], list]) -> list:
-    """What `measure` makes of all items, each process having a part of them."""
+    """The results of `measure` for all items, computed in parts by all processes."""
     from accelerate.utils import gather_object
 
     with accelerator.split_between_processes(items) as own:

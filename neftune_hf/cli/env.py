@@ -1,4 +1,4 @@
-"""`neftune-hf env`: versions, for a bug report."""
+"""`neftune-hf env`: print versions for a bug report."""
 
 import argparse
 import platform

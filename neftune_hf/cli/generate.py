@@ -1,4 +1,4 @@
-"""`neftune-hf generate`: completions of a file of prompts, decoded as the paper's authors did it."""
+"""`neftune-hf generate`: complete a file of prompts, decoding as the paper's authors did."""
 
 import argparse
 import json
@@ -15,9 +15,9 @@ Prompt = str | list[dict[str, str]]
 
 
 def run(argv: Sequence[str]) -> None:
-    """Greedy completions of a file of prompts. Called again, it resumes an interrupted run."""
+    """Complete a file of prompts greedily. When called again, it resumes an interrupted run."""
     parser = argparse.ArgumentParser(prog="neftune-hf generate", description=run.__doc__)
-    parser.add_argument("model", help="name or folder of a model or an adapter")
+    parser.add_argument("model", help="name or folder of a model or adapter")
     parser.add_argument("--prompts", required=True, help="JSON, JSONL or Parquet with `instruction` or `turns`")
     parser.add_argument("-o", "--output", required=True, help=".json for alpaca_eval, or .jsonl")
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
@@ -26,34 +26,34 @@ def run(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "repetition_penalty"):
         if (value := getattr(arguments, name)) <= 0:
-            raise NEFTuneConfigError(f"`--{name}` is {value}, and must be positive.")
+            raise NEFTuneConfigError(f"`--{name}` is {value}; it must be positive.")
     print(f"{complete_file(**vars(arguments))} completions in {arguments.output}")
 
 
 def complete_file(
     model: str, prompts: str, output: str, batch_size: int, max_new_tokens: int, repetition_penalty: float
 ) -> int:
-    """Complete every prompt of a file; the completions of an earlier call that was cut off are kept.
+    """Complete every prompt in a file. Completions from an earlier, interrupted call are kept.
 
     Args:
-        model (`str`): A model's or an adapter's name or folder.
-        prompts (`str`): JSON, JSONL or Parquet with `instruction` (and `input`), or with `turns` as MT-bench has them.
-        output (`str`): `.jsonl`, a record a line as they come, or `.json`, the list that `alpaca_eval` reads.
+        model (`str`): Name or folder of a model or adapter.
+        prompts (`str`): JSON, JSONL or Parquet with `instruction` (and `input`), or with `turns` as in MT-bench.
+        output (`str`): A `.jsonl` file, written record by record, or a `.json` file with a list for `alpaca_eval`.
 
     Returns:
-        `int`: How many completions are in the file.
+        `int`: The number of completions in the file.
 
     Raises:
-        DatasetError: A prompt is missing, or `output` has something else than this model's completions of them.
+        DatasetError: A prompt is missing, or `output` contains anything but this model's completions of `prompts`.
     """
     target, model = Path(output), str(Path(model))
     if target.suffix not in (".json", ".jsonl"):
         raise DatasetError(f"`--output` is {output}; name it .json for `alpaca_eval`, or .jsonl.")
     lines = target if target.suffix == ".jsonl" else target.with_name(target.name + ".part.jsonl")
-    if prompts.endswith((".json", ".jsonl", ".parquet")) and not Path(prompts).is_file():  # known before the imports
+    if prompts.endswith((".json", ".jsonl", ".parquet")) and not Path(prompts).is_file():  # before slow imports
         raise DatasetError(f"`--prompts`: there is no file {prompts}.")
     if any(file.exists() and Path(prompts).exists() and file.samefile(prompts) for file in (target, lines)):
-        raise DatasetError(f"`--output` is {output}, the file of `--prompts`. Name another.")
+        raise DatasetError(f"`--output` is {output}, the file of `--prompts`. Name another file.")
     records = _read_prompts(prompts)
     if lines != target and target.exists():
         try:
@@ -72,7 +72,7 @@ def complete_file(
         network, tokenizer = load(model)
         target.parent.mkdir(parents=True, exist_ok=True)
         with lines.open("ab") as file, tqdm(total=len(records), initial=len(done)) as bar:
-            file.truncate(size)  # what was cut off inside a record
+            file.truncate(size)  # drop an incomplete last record
             for start in range(len(done), len(records), batch_size):
                 batch = records[start : start + batch_size]
                 for record in _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penalty):
@@ -81,7 +81,7 @@ def complete_file(
                 file.flush()
                 bar.update(len(batch))
     if lines != target:
-        whole = target.with_name(target.name + ".part")  # cut off while it is written, it is not `target`
+        whole = target.with_name(target.name + ".part")  # an interrupted write does not leave a broken `target`
         whole.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
         whole.replace(target)
         lines.unlink()
@@ -89,7 +89,7 @@ def complete_file(
 
 
 def load(name: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A model, or an adapter on its base, with its tokenizer, in evaluation mode on the accelerator if there is one."""
+    """Load a model, or an adapter on its base, and its tokenizer; in evaluation mode, on the accelerator if any."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,7 +107,7 @@ def load(name: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
         tokenizer = AutoTokenizer.from_pretrained(tokens)
     except (OSError, ValueError) as error:
         raise NEFTuneConfigError(
-            f"`model` is {name}, and no language model can be loaded from there: {first_line(error)}"
+            f"`model` is {name}, but no language model can be loaded from there: {first_line(error)}"
         ) from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.eval().to(device), tokenizer
@@ -120,7 +120,7 @@ def complete(
     max_new_tokens: int,
     repetition_penalty: float = 1.2,
 ) -> list[str]:
-    """The model's greedy completions of a batch of prompts: messages for its chat template, or plain text.
+    """The model's greedy completions of a batch of prompts, given as messages or as plain text.
 
     Example:
 
@@ -141,7 +141,7 @@ def complete_tokens(
     max_new_tokens: int,
     repetition_penalty: float = 1.2,
 ) -> list[list[int]]:
-    """As [`complete`], the ids of the completions, each with its end of sequence where it came to one."""
+    """Like [`complete`], but returns token ids, including the end-of-sequence token if there is one."""
     import torch
     from transformers import GenerationConfig
 
@@ -164,7 +164,7 @@ def complete_tokens(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        # type hints of transformers give `generate` to each model's class and not to their base
+        # transformers' type hints define `generate` on the model classes, not on their base class
         tokens = model.generate(**inputs.to(model.device), generation_config=generation)  # type: ignore[operator]
     model.train(was_training)
     completions = tokens[:, inputs["input_ids"].shape[1] :].tolist()
@@ -172,14 +172,14 @@ def complete_tokens(
 
 
 def _read_prompts(prompts: str) -> list[dict[str, Any]]:
-    """The records of a file of prompts, each with an instruction or with turns."""
+    """The records of a file of prompts, each with `instruction` or `turns`."""
     from ..data import load_instructions
 
     splits = load_instructions(prompts, argument="--prompts")
     if len(splits) > 1:
         raise DatasetError(f"`--prompts` {prompts} has the splits {', '.join(splits)}. Give one file.")
     (data,) = splits.values()
-    # As JSON would give them back, for they are compared with records that were written.
+    # Round-trip through JSON, because they are compared with records that were written as JSON.
     records = [
         {("instruction" if key == "Instruction" else key): value for key, value in record.items()}
         for record in json.loads(json.dumps(data.to_list(), default=str))
@@ -187,20 +187,20 @@ def _read_prompts(prompts: str) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         if "instruction" not in record and "turns" not in record:
             raise DatasetError(
-                f"`--prompts` {prompts}: record {number} has {', '.join(record)}; a prompt is in `instruction` or "
-                "`turns`."
+                f"`--prompts` {prompts}: record {number} has the columns {', '.join(record)}; it needs `instruction` "
+                "or `turns`."
             )
         turns = _turns(record)
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             column = "instruction" if record.get("turns") is None and "instruction" in record else "turns"
             raise DatasetError(
-                f"`--prompts` {prompts}: record {number} has the {column} {record[column]!r:.80}; text is needed."
+                f"`--prompts` {prompts}: record {number} has `{column}` {record[column]!r:.80}; it needs text."
             )
     return records
 
 
 def _turns(record: dict[str, Any]) -> list[Any]:
-    """What the user says, one turn after the other."""
+    """The user's turns, in order."""
     from ..data import prompt_text
 
     if record.get("turns") is not None:
@@ -209,7 +209,7 @@ def _turns(record: dict[str, Any]) -> list[Any]:
 
 
 def _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penalty) -> Iterator[dict[str, Any]]:
-    """The batch's records with their completions: `output` of an instruction, `choices` of turns."""
+    """The batch's records with their completions: as `output` for an instruction, as `choices` for turns."""
     said: list[list[str]] = [[] for _ in batch]
     turns = [_turns(record) for record in batch]
     for turn in range(max(map(len, turns))):
@@ -226,7 +226,7 @@ def _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penal
 
 
 def _given(record: dict[str, Any]) -> dict[str, Any]:
-    """A prompt's record without the fields that its completion sets, which some files of prompts have already."""
+    """A prompt's record without the fields that the completion sets, which some prompt files already have."""
     set_here = ("output", "generator") if record.get("turns") is None else ("choices", "model_id")
     return {key: value for key, value in record.items() if key not in set_here}
 
@@ -248,14 +248,14 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _begun(lines: Path, records: list[dict[str, Any]], prompts: str) -> tuple[list[Any], int]:
-    """The whole records of a file that may have been cut off inside one, and the bytes that they take."""
+    """The complete records of a file whose last record may be incomplete, and their size in bytes."""
     if not lines.exists():
         return [], 0
     *whole, tail = lines.read_bytes().split(b"\n")  # not splitlines(), which splits inside a string at U+2028
     try:
         done = [json.loads(line) for line in whole]
     except ValueError as error:
-        raise DatasetError(f"`--output` {lines} is no output of this command. Move it away first.") from error
+        raise DatasetError(f"`--output` {lines} was not written by this command. Move it away first.") from error
     expected = _line(_given(records[len(done)]))[:-2] if len(done) < len(records) else b""
     if tail[: len(expected)] != expected[: len(tail)] or (tail and not expected):
         raise DatasetError(f"`--output` {lines} does not end in a completion of {prompts}. Move it away first.")
@@ -263,11 +263,11 @@ def _begun(lines: Path, records: list[dict[str, Any]], prompts: str) -> tuple[li
 
 
 def _check_own(done: list[Any], records: list[dict[str, Any]], model: str, prompts: str, file: Path) -> None:
-    """Refuse a file that has something else than `model`'s completions of the first of `records`."""
+    """Refuse a file that contains anything but `model`'s completions of the first `records`."""
     for number, record in enumerate(done):
         made = {"output", "generator"}, {"choices", "model_id"}
         if not isinstance(record, dict) or not any(keys <= record.keys() for keys in made):
-            raise DatasetError(f"`--output` {file} is no output of this command. Move it away first.")
+            raise DatasetError(f"`--output` {file} was not written by this command. Move it away first.")
         by = record.get("generator", record.get("model_id"))
         if by != model:
             raise DatasetError(f"`--output` {file} has completions by {by}, not by {model}. Name another file.")

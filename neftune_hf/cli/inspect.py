@@ -1,4 +1,4 @@
-"""`neftune-hf inspect`: what alpha means for a model, before a run."""
+"""`neftune-hf inspect`: the size of the noise relative to a model's embeddings, before a run."""
 
 import argparse
 import json
@@ -19,19 +19,19 @@ ALPHAS = (5.0, 10.0, 15.0)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Report a model's embedding scale, the norm that rescales it, and the noise-to-embedding ratio."""
+    """Report a model's embedding scale, the norm layer that rescales it, and the noise-to-embedding ratio."""
     parser = argparse.ArgumentParser(prog="neftune-hf inspect", description=run.__doc__)
-    parser.add_argument("model", help="a model's name or folder, or a config of `neftune-hf sft` (.yaml)")
+    parser.add_argument("model", help="name or folder of a model, or a config of `neftune-hf sft` (.yaml)")
     parser.add_argument(
         "--length",
         type=float,
-        help="L, tokens in a sequence (default: the mean over the records of a config's data set, else 512)",
+        help="L, tokens per sequence (default: the mean over the records of a config's data set, else 512)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     length = arguments.length
     if length is not None and not 0 < length < math.inf:
-        raise NEFTuneConfigError(f"`--length` is {length:g}, and must be positive: tokens in a sequence.")
+        raise NEFTuneConfigError(f"`--length` is {length:g}; it must be a positive number of tokens.")
     settings, config = _settings(arguments.model)
     name = settings["model_name_or_path"]
     if length is None:
@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _settings(model: str) -> tuple[dict[str, Any], NEFTuneConfig]:
-    """What a YAML file says, or the model that the command is given alone; and NEFTune's settings."""
+    """The settings in a YAML file, or only the given model's name; and NEFTune's settings."""
     if not model.endswith((".yaml", ".yml")):
         return {"model_name_or_path": model}, NEFTuneConfig()
     import yaml
@@ -57,14 +57,14 @@ def _settings(model: str) -> tuple[dict[str, Any], NEFTuneConfig]:
     except (ValueError, yaml.YAMLError) as error:
         raise NEFTuneConfigError(f"`model` {model} is not YAML: {' '.join(str(error).split())}") from error
     except (KeyError, TypeError) as error:
-        raise NEFTuneConfigError(f"`model` {model} has no `model_name_or_path`; add it, or name a model.") from error
+        raise NEFTuneConfigError(f"`model` {model} has no `model_name_or_path`. Add it, or name a model.") from error
     return settings, NEFTuneConfig(**{field: settings[field] for field in FIELDS if field in settings})
 
 
 def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
-    """Mean number of tokens of the data's first records: the L whose noise has the mean power over all their tokens.
+    """Mean number of tokens in the first records. Noise at this L has the mean power over all tokens of the records.
 
-    A sequence of L tokens has L * alpha**2 / (3 * L * d) of it, whatever L is.
+    That is because the power summed over a sequence, L * alpha**2 / (3 * L * d), does not depend on L.
     """
     from transformers import AutoTokenizer
 
@@ -75,8 +75,8 @@ def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
         tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
     except (OSError, ValueError) as error:
         raise NEFTuneConfigError(
-            f"`model` is {settings['model_name_or_path']}, and no tokenizer is found there, to count the tokens of "
-            f"{name}: {first_line(error)} Give --length."
+            f"`model` is {settings['model_name_or_path']}, but no tokenizer to count the tokens of {name} was found "
+            f"there: {first_line(error)} Give --length."
         ) from error
     data = load_instructions(name, settings.get("dataset_config"))[settings.get("dataset_train_split", "train")]
     records = to_prompt_completion(data.select(range(min(sample, len(data)))), name, bool(tokenizer.chat_template))
@@ -84,12 +84,12 @@ def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
     longest = settings.get("max_length", 1024) or math.inf  # TRL's default
     counts = [min(count, longest) for count in count_tokens(tokenizer, wholes) if count > 0]
     if not counts:
-        raise DatasetError(f"`dataset_name`: none of the first records of {name} has tokens. Give --length.")
+        raise DatasetError(f"`dataset_name`: the first records of {name} have no tokens. Give --length.")
     return sum(counts) / len(counts)
 
 
 def _model(name: str) -> nn.Module:
-    """The model, on the meta device where there is its config alone."""
+    """Load the model; on the meta device if there is only a config."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -97,14 +97,14 @@ def _model(name: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NEFTuneConfigError(
-            f"`model` is {name}, and no model's config is found there: {first_line(error)}"
+            f"`model` is {name}, but no model config was found there: {first_line(error)}"
         ) from error
     architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise NEFTuneConfigError(
             f"`model` {name} is a {architecture}, a class that transformers {transformers.__version__} does not have. "
-            "Upgrade transformers, or call `inspect_model` of neftune_hf.cli.inspect on the loaded model."
+            "Upgrade transformers, or call `neftune_hf.cli.inspect.inspect_model` on the loaded model."
         )
     try:
         return model_class.from_pretrained(name, dtype="auto")
@@ -122,22 +122,22 @@ def inspect_model(
     noise_type: str = "uniform",
     symmetric: bool = False,
 ) -> list[dict[str, Any]]:
-    """Each site of `model` with what NEFTune's noise would be worth there at sequences of `length` tokens.
+    """Report the size of the noise at each embedding of `model`, for sequences of `length` tokens.
 
     Args:
-        model (`torch.nn.Module`): A transformers model. On the meta device all that needs weights is None.
+        model (`torch.nn.Module`): A transformers model. On the meta device, values that need weights are None.
         length (`float`): L, in tokens.
-        alphas (`Sequence[float]`): The values of alpha to report on.
+        alphas (`Sequence[float]`): The values of alpha to report.
         noise_type (`str`): As `neftune_noise_type`.
-        symmetric (`bool`): As `neftune_symmetric`; it is only reported, since both passes have noise of one size.
+        symmetric (`bool`): As `neftune_symmetric`. Only reported, since the noise of both passes has the same size.
 
     Returns:
-        `list[dict]`: For each site `path`, `class`, `embedding_dim`, `is_decoder`; `tied_to`, the parameters that are
-        its table; `norm`, the first normalisation after it, which rescales the noise, with its `class`, the
-        `multiplier` by which the embedding reaches it, and `added`, the RMS of all else over that of the embedding
-        there; `symmetric`; `embedding_rms`; and for each alpha `noise_rms` = alpha / sqrt(3 * L * d), `db` =
-        20 * log10(noise_rms / embedding_rms), and `nearest_changes`, the share of 512 tokens that with noise are nearer
-        to another's embedding.
+        `list[dict]`: For each site `path`, `class`, `embedding_dim`, `is_decoder`; `tied_to`, names of parameters tied
+        to its weight; `norm`, the first norm layer after it, which rescales the noise, with its `class`, the
+        `multiplier` of the embedding in its input, and `added`, the RMS of the rest of that input over that of the
+        scaled embedding; `symmetric`; `embedding_rms`; and for each alpha `noise_rms` = alpha / sqrt(3 * L * d), `db` =
+        20 * log10(noise_rms / embedding_rms), and `nearest_changes`, the share of 512 tokens whose noised embedding is
+        closer to another token's embedding.
 
     Example:
 
@@ -180,7 +180,7 @@ def inspect_model(
 
 
 def _nearest_changes(embeddings: torch.Tensor, noise_rms: float, noise_type: str, sample: int = 512) -> float:
-    """Share of tokens, spread over the vocabulary, whose noised embedding is nearer to another token's."""
+    """Share of tokens, sampled evenly from the vocabulary, whose noised embedding is closer to another token's."""
     own = torch.linspace(0, len(embeddings) - 1, sample, device=embeddings.device).long().unique()
     generator = torch.Generator(embeddings.device).manual_seed(0)
     unit = torch.empty(len(own), embeddings.shape[1], device=embeddings.device)
@@ -190,17 +190,17 @@ def _nearest_changes(embeddings: torch.Tensor, noise_rms: float, noise_type: str
         unit.uniform_(-1, 1, generator=generator)
         unit = unit.sign() if noise_type == "bernoulli" else math.sqrt(3) * unit
     noisy = embeddings[own] + noise_rms * unit
-    distances = embeddings.square().sum(1) - 2 * noisy @ embeddings.T  # squared, less what all have in common
-    slack = 1e-5 * noisy.square().sum(1)  # rows that are equal are not nearer
+    distances = embeddings.square().sum(1) - 2 * noisy @ embeddings.T  # squared, up to a constant per row
+    slack = 1e-5 * noisy.square().sum(1)  # do not count duplicate rows
     return (distances.min(1).values < distances.gather(1, own[:, None])[:, 0] - slack).float().mean().item()
 
 
 class _AllSeen(Exception):
-    """Every site's norm was reached: the rest of the forward is of no interest."""
+    """Stops the forward pass once every site's norm layer has been reached."""
 
 
 def _norms_after(model: nn.Module, sites: list[EmbeddingSite]) -> dict[EmbeddingSite, dict[str, Any]]:
-    """The first normalisation that takes something of the embedding's shape after each site, from one short forward."""
+    """The first norm layer after each site whose input has the embedding's shape, found by a short forward pass."""
     found, embeddings = {}, {}
 
     def remember(site, module, args, output):
@@ -220,7 +220,7 @@ def _norms_after(model: nn.Module, sites: list[EmbeddingSite]) -> dict[Embedding
     hooks = [site.module.register_forward_hook(partial(remember, site)) for site in sites]
     norms = [(path, module) for path, module in model.named_modules() if "Norm" in type(module).__name__]
     hooks += [module.register_forward_pre_hook(partial(compare, path)) for path, module in norms]
-    # Two widths, so that one side of an encoder-decoder is not taken for the other.
+    # Different widths, to tell the encoder from the decoder.
     device = next(sites[0].module.parameters()).device
     given = {"input_ids": torch.arange(1, 7, device=device)[None]}
     if "decoder_input_ids" in forward_names(model):
@@ -239,19 +239,19 @@ def _norms_after(model: nn.Module, sites: list[EmbeddingSite]) -> dict[Embedding
 
 
 def inspection(reports: list[dict[str, Any]]) -> str:
-    """What [`inspect_model`] found, for people."""
+    """The reports of [`inspect_model`] as text."""
     lines = []
     for report in reports:
         tied = f", tied to {', '.join(report['tied_to'])}" if report["tied_to"] else ""
         lines += [f"{report['path']} ({report['class']}, d={report['embedding_dim']}){tied}"]
         if (norm := report["norm"]) is None:
-            lines += ["  no normalisation of its output was found"]
+            lines += ["  no norm layer after it was found"]
         else:
-            how = "" if norm["multiplier"] is None else f"; the embedding reaches it times {norm['multiplier']:.3g}"
-            how += f", with {norm['added']:.2g} of its RMS added" if norm["added"] and norm["added"] > 1e-3 else ""
+            how = "" if norm["multiplier"] is None else f"; its input is {norm['multiplier']:.3g} times the embedding"
+            how += f", plus terms of {norm['added']:.2g} times that RMS" if (norm["added"] or 0) > 1e-3 else ""
             lines += [f"  rescaled by     {norm['path']} ({norm['class']}){how}"]
         if report["embedding_rms"] is None:
-            lines += ["  embedding RMS   unknown: there are no weights"]
+            lines += ["  embedding RMS   unknown (no weights)"]
         else:
             lines += [f"  embedding RMS   {report['embedding_rms']:.4g}"]
         if report["symmetric"]:
@@ -261,7 +261,7 @@ def inspection(reports: list[dict[str, Any]]) -> str:
             line += f"at {report['length']:g} tokens"
             if "db" in values:
                 line += (
-                    f", {values['db']:+.1f} dB; {100 * values['nearest_changes']:.1f} % of tokens nearer to another's"
+                    f", {values['db']:+.1f} dB; {100 * values['nearest_changes']:.1f} % of tokens closer to another's"
                 )
             lines.append(line)
     return "\n".join(lines)

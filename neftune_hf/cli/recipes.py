@@ -1,11 +1,11 @@
-"""The YAML files of `configs/` by name: they are in the wheel too."""
+"""The recipes in `configs/`, by name. They are in the wheel too."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import NEFTuneConfigError
 
-# In the wheel, and in a clone.
+# The folder's place in the wheel, and in a clone.
 FOLDER = next(
     (
         folder
@@ -17,12 +17,12 @@ FOLDER = next(
 
 
 def names() -> list[str]:
-    """The recipes, such as `quickstart`."""
+    """Names of the recipes, such as `quickstart`."""
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
 def with_files(argv: Sequence[str]) -> list[str]:
-    """A command line in which `--config NAME` names the recipe's file, and the data set that comes with it.
+    """Replace `--config NAME` in a command line by the recipe's file, and add the data set that comes with it.
 
     Raises:
         NEFTuneConfigError: There is no such recipe.

@@ -1,4 +1,4 @@
-"""`neftune-hf run`: any command, with `patch_transformers()` in each Python process that it starts."""
+"""`neftune-hf run`: run a command with `patch_transformers()` in each Python process that it starts."""
 
 import argparse
 import logging
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Run a command of a tool that passes `neftune_noise_alpha` on to transformers, with this NEFTune in its place.
+    """Run a tool that passes `neftune_noise_alpha` on to transformers, with this library's NEFTune instead.
 
-    Every Python process that the command starts, its workers included, calls `neftune_hf.patch_transformers()` once it
-    has imported `transformers.trainer`. The exit status is that of the command.
+    Every Python process that the command starts, including workers, calls `neftune_hf.patch_transformers()` once it
+    has imported `transformers.trainer`. The exit status is the command's.
     """
     parser = argparse.ArgumentParser(prog="neftune-hf run", description=run.__doc__, usage="%(prog)s -- COMMAND ...")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the command and its arguments")
@@ -41,9 +41,9 @@ def run(argv: Sequence[str]) -> None:
         status = process.wait()
         if status == 0 and not seen.exists():
             logger.warning(
-                "neftune-hf run: `%s` ended, and no Trainer in its processes was given noise. Either "
+                "neftune-hf run: `%s` ended, and no Trainer in its processes used NEFTune. Either "
                 "`neftune_noise_alpha` is not set in its configuration, or it trains without transformers' Trainer, or "
-                "it starts Python with -I, -E or -S, which leaves PYTHONPATH unread.",
+                "it starts Python with -I, -E or -S, which ignore PYTHONPATH or sitecustomize.",
                 command[0],
             )
     sys.exit(status if status >= 0 else 128 - status)

@@ -1,4 +1,4 @@
-"""`neftune-hf sft`: TRL's supervised fine-tuning with NEFTune."""
+"""`neftune-hf sft`: supervised fine-tuning with TRL and NEFTune."""
 
 import argparse
 import atexit
@@ -30,8 +30,8 @@ _RATIO = "neftune/noise_to_embedding_db"
 def run(argv: Sequence[str]) -> None:
     """Fine-tune with TRL and NEFTune, from a YAML file and the command line, and print a summary.
 
-    Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig is an
-    option and a key of the YAML file.
+    Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig can be
+    set as an option or in the YAML file.
     """
     argv = recipes.with_files(argv)
     settings = _check_files(argv)
@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
     _check(script_args, training_args, model_args, mixture)
 
     tokenizer = _tokenizer(model_args, training_args)
-    if training_args.process_index != 0:  # all processes read the same data, and one tells of it
+    if training_args.process_index != 0:  # all processes read the same data; one logs about it
         logging.getLogger("neftune_hf").setLevel(logging.ERROR)
     wanted = [script_args.dataset_train_split]
     if training_args.eval_strategy != "no":
@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     after = _completion(example, trainer)
     trainer.save_model()
-    # The card links a data set of the hub; a mixture or a local file has no page there.
+    # The card links to a data set on the hub; a mixture or a local file has no page there.
     is_local = mixture.datasets or Path(script_args.dataset_name).exists()
     dataset = None if is_local else script_args.dataset_name
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset)
@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _leave_processes() -> None:
-    """End a run of several processes. On gloo the process ends here, for torch can hang when it frees gloo's groups."""
+    """End a multi-process run. On gloo, exit the process here, because torch can hang when it frees gloo groups."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -77,14 +77,14 @@ def _leave_processes() -> None:
     if dist.get_backend() != "gloo" or dist.get_world_size() == 1:
         return dist.destroy_process_group()
     dist.barrier()
-    atexit._run_exitfuncs()  # trackers finish in them
+    atexit._run_exitfuncs()  # where trackers finish
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before: str | None, after: str | None) -> str:
-    """The run, a line each: embeddings, noise, parameters, losses, a completion, where the result is."""
+    """Summarise the run: embeddings, noise, parameters, losses, a completion, and where the result is saved."""
     from accelerate.utils import is_peft_model
 
     args, run, history = trainer.args, trainer.neftune_callback.run, trainer.state.log_history
@@ -125,14 +125,14 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
 
 
 def _noise_to_embedding_db(trainer: "NEFTuneSFTTrainer") -> float | None:
-    """Of a run: the mean power of its logs, or the ratio since the last one where there were none."""
+    """A run's noise-to-embedding ratio, averaged as power over its logs; without logs, as measured at its end."""
     history, run = trainer.state.log_history, trainer.neftune_callback.run
     logged = [10 ** (entry[_RATIO] / 10) for entry in history if _RATIO in entry]
     return 10 * math.log10(sum(logged) / len(logged)) if logged else run.noise_to_embedding_db
 
 
 def _name_local(file: Path) -> None:
-    """Give TRL's model card a name where it has None: for a model, or a base, that is not on the hub."""
+    """Replace None in TRL's model card, which it writes for a model or base model that is not on the hub."""
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(file)
@@ -146,7 +146,7 @@ def _name_local(file: Path) -> None:
 
 
 def _completion(example: dict[str, Any] | None, trainer: "NEFTuneSFTTrainer") -> str | None:
-    """The model's completion of `example`'s prompt; None without a prompt, and for weights sharded over processes."""
+    """The model's completion of `example`'s prompt; None without a prompt, or if the model is sharded."""
     from .generate import complete
 
     if example is None or "prompt" not in example or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -158,24 +158,24 @@ def _completion(example: dict[str, Any] | None, trainer: "NEFTuneSFTTrainer") ->
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("neftune-hf sft")
-    text = "YAML with any of the options, which the command line overrides: a file, or a recipe by its name: "
+    text = "YAML file with any of the options, which the command line overrides, or the name of a recipe: "
     group.add_argument("--config", metavar="FILE", help=text + ", ".join(recipes.names()))
     group.add_argument(
         "--accelerate_config",
         metavar="CONFIG",
-        help="launch with accelerate: a file of `accelerate config`, or one of TRL's by name, such as zero3 or fsdp2",
+        help="launch with accelerate: a file from `accelerate config`, or the name of one of TRL's, such as fsdp2",
     )
-    group.add_argument("--num_processes", type=int, metavar="N", help="launch N processes with accelerate")
+    group.add_argument("--num_processes", type=int, metavar="N", help="number of processes to launch with accelerate")
 
 
 def _silence() -> None:
-    """Keep back what the libraries below say of their own affairs, and nobody who runs a command can act on."""
+    """Suppress warnings of other libraries that a user of the command cannot act on."""
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that only 4 bits use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # about a kernel used only for 4 bits
 
 
 def _refuse(message: str) -> NoReturn:
-    """In place of argparse's own, which prints the usage of some 200 options first."""
+    """Replaces `ArgumentParser.error`, which would first print the usage of some 200 options."""
     raise NEFTuneConfigError(re.sub(r"^argument (--\w+)\S*:", r"`\1`:", message))
 
 
@@ -183,7 +183,7 @@ def _check_files(argv: Sequence[str]) -> dict[str, Any]:
     """Refuse missing or malformed files, and bf16 without a GPU, before importing TRL, which takes seconds.
 
     Returns:
-        `dict`: What the YAML file says.
+        `dict`: The contents of the YAML file.
     """
     import yaml
 
@@ -216,19 +216,19 @@ def _check_files(argv: Sequence[str]) -> dict[str, Any]:
         from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
         if not is_torch_bf16_gpu_available() and not is_torch_xla_available():
-            raise NEFTuneConfigError("`bf16` is true, and this machine has no GPU with bfloat16. Set `bf16: false`.")
+            raise NEFTuneConfigError("`bf16` is true, but this machine has no GPU with bfloat16. Set `bf16: false`.")
     return settings
 
 
 def _check_text(name: str) -> None:
-    """Refuse a file whose beginning is not what its name says."""
+    """Refuse a file whose first bytes do not match its suffix."""
     with open(name, "rb") as file:
         head = file.read(65536)
     if name.endswith(".parquet"):
         is_right = head.startswith(b"PAR1")
     else:
         try:
-            is_right = "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)  # the last one may be cut
+            is_right = "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)  # the last may be incomplete
         except UnicodeDecodeError:
             is_right = False
     if not is_right:
@@ -237,7 +237,7 @@ def _check_text(name: str) -> None:
 
 
 def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
-    """TRL's parser over a YAML file and options; an unknown name is an error with the nearest known one."""
+    """Parse a YAML file and options with TRL's parser. The error for an unknown name suggests the closest known one."""
     try:
         from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -246,7 +246,7 @@ def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
         parser = argparse.ArgumentParser(
             prog="neftune-hf sft",
             description=run.__doc__,
-            epilog='They are listed here once TRL is installed: pip install "neftune_hf[trl]".',
+            epilog='The fields are listed here once TRL is installed: pip install "neftune_hf[trl]".',
         )
         _add_options(parser)
         parser.parse_known_args(argv)  # answers --help
@@ -254,13 +254,13 @@ def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
     parser = TrlParser(
         (ScriptArguments, NEFTuneSFTConfig, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
         prog="neftune-hf sft",
-        allow_abbrev=False,  # an unknown name is refused, and not read as a longer one
+        allow_abbrev=False,  # do not expand a prefix
         usage="%(prog)s --config FILE [--OPTION VALUE ...]",
         description=run.__doc__,
     )
     _add_options(parser)
     parser.error = _refuse  # type: ignore[method-assign]
-    known = {action.dest for action in parser._actions} | {"env"}  # TRL sets the environment from the file's `env`
+    known = {action.dest for action in parser._actions} | {"env"}  # TRL sets environment variables from `env`
     _, words = parser.parse_known_args(argv)
     on_line = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")] or words
     in_file = [str(key) for key in settings if key not in known]
@@ -273,19 +273,19 @@ def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
         return parser.parse_args_and_config(argv)
     except NEFTuneError:
         raise
-    except (TypeError, ValueError) as error:  # a dataclass refuses its values
+    except (TypeError, ValueError) as error:  # from a dataclass's validation
         message = " ".join(str(error).split())
         if "support bf16" in message:
             message = (
-                "`bf16` is true, which is TRL's default, and this machine has no GPU with bfloat16. Set `bf16: false`."
+                "`bf16` is true, which is TRL's default, but this machine has no GPU with bfloat16. Set `bf16: false`."
             )
         raise NEFTuneConfigError(message) from error
 
 
 def _launched(command: str, launch: argparse.Namespace, argv: Sequence[str]) -> bool:
-    """Whether this process has run the same command in those of `accelerate launch`, as `trl sft` starts them."""
+    """Run the same command with `accelerate launch`, as `trl sft` does, if asked to; returns whether it did."""
     if launch.num_processes is not None and launch.num_processes < 1:
-        raise NEFTuneConfigError(f"`num_processes` is {launch.num_processes}, and must be at least 1.")
+        raise NEFTuneConfigError(f"`num_processes` is {launch.num_processes}; it must be at least 1.")
     if not (launch.accelerate_config or launch.num_processes) or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return False
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -311,23 +311,23 @@ def _check(
     model_args: "ModelConfig",
     mixture: "DatasetMixtureConfig",
 ) -> None:
-    """Refuse what is bound to fail, before a model is loaded."""
+    """Refuse settings that are bound to fail, before a model is loaded."""
     checkpoint = training_args.resume_from_checkpoint
     if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
         raise NEFTuneConfigError(
-            f"`resume_from_checkpoint` is {checkpoint}, and there is no such folder. Name a checkpoint of "
+            f"`resume_from_checkpoint` is {checkpoint}, but there is no such folder. Name a checkpoint in "
             "`output_dir`, or omit it to start over."
         )
     if model_args.model_name_or_path is None or not (script_args.dataset_name or mixture.datasets):
         raise NEFTuneConfigError(
-            "`model_name_or_path` and `dataset_name` (or `datasets`) are both needed, in --config FILE or as options."
+            "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."
         )
     if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps <= 0:
-        raise NEFTuneConfigError("A stream has no length: give `max_steps`, or set `dataset_streaming: false`.")
+        raise NEFTuneConfigError("A stream has no length: set `max_steps`, or `dataset_streaming: false`.")
     if mixture.streaming and mixture.test_split_size is not None:
         raise NEFTuneConfigError("`test_split_size` needs the length of the data: set `streaming: false`.")
     if model_args.use_peft:
-        import peft  # noqa: F401  absent, it is named with its extra
+        import peft  # noqa: F401  if it is missing, the error names the extra
     if model_args.load_in_4bit or model_args.load_in_8bit:
         import bitsandbytes  # noqa: F401
     if training_args.push_to_hub and training_args.process_index == 0:
@@ -335,7 +335,7 @@ def _check(
 
         try:
             whoami(training_args.hub_token)
-        except Exception as error:  # of httpx, of the hub and of the system, as the hub is out of reach in many ways
+        except Exception as error:  # unreachable, it raises errors of httpx, the hub or the OS
             raise NEFTuneConfigError(
                 f"`push_to_hub` is true, and the hub refused the login: {first_line(error)} "
                 "Log in with `hf auth login`, or set `push_to_hub: false`."
@@ -352,7 +352,7 @@ def _tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> 
         )
     except (OSError, ValueError) as error:
         raise NEFTuneConfigError(
-            f"`model_name_or_path` is {name}, and no tokenizer is found there: {first_line(error)}"
+            f"`model_name_or_path` is {name}, but no tokenizer was found there: {first_line(error)}"
         ) from error
 
 
@@ -369,7 +369,7 @@ def _trainer(
     from ..sft import NEFTuneSFTTrainer
 
     if not torch.accelerator.is_available():
-        training_args.dataloader_pin_memory = False  # torch warns that there is nothing to pin it for
+        training_args.dataloader_pin_memory = False  # avoids torch's warning
     kwargs: Any = training_args.model_init_kwargs
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -395,14 +395,14 @@ def _data(
     tokenizer: "PreTrainedTokenizerBase",
     wanted: list[str],
 ) -> list["Dataset"]:
-    """The splits `wanted`, ready for TRL."""
+    """Load the `wanted` splits and prepare them for TRL."""
     from trl import get_dataset
     from trl.data_utils import get_dataset_column_names
 
     from ..data import dataset_errors, keep_usable, load_instructions, to_prompt_completion
 
     argument, name = "dataset_name", script_args.dataset_name or ""
-    if mixture.datasets:  # as in TRL, it goes before `dataset_name`
+    if mixture.datasets:  # as in TRL, takes precedence over `dataset_name`
         argument, name = "datasets", ", ".join(str(part.data_files or part.path) for part in mixture.datasets)
         with dataset_errors(argument, name):
             splits = get_dataset(mixture)
@@ -413,14 +413,14 @@ def _data(
             f"`{argument}` {name} has the splits {', '.join(splits)}, not {', '.join(sorted(missing))}. "
             "Name them with `dataset_train_split` and `dataset_test_split`, or set `eval_strategy: no`."
         )
-    # Where TRL cuts a record elsewhere than at `max_length` tokens from its start, none is too long.
+    # If TRL does not truncate records to their first `max_length` tokens, no record is too long.
     wraps = training_args.packing and training_args.packing_strategy != "bfd"
     limit = training_args.max_length if training_args.truncation_mode == "keep_start" and not wraps else None
     ready, field = [], training_args.dataset_text_field
     training_args.dataset_text_field = "text"
     for split in wanted:
         called, data = f"{name} ({split})", splits[split]
-        if field != "text" and field in get_dataset_column_names(data):  # a column that the user has named goes first
+        if field != "text" and field in get_dataset_column_names(data):  # the user named a column
             data = data.select_columns([field]).rename_column(field, "text")
         pairs = to_prompt_completion(data, called, bool(tokenizer.chat_template))
         ready.append(keep_usable(pairs, called, tokenizer, limit))

@@ -117,7 +117,7 @@ def test_records_are_held_out_where_there_is_no_test_split(config, tmp_path, cap
     assert [setting["name"] for setting in results["settings"]] == ["length tokens", "length width"]
     assert results["settings"][1]["noise_db"] < results["settings"][0]["noise_db"]  # packed rows
     assert compare(config, *arguments, "--records", "13") == 2
-    assert "`--records` is 13, to be held out of 24 records" in capsys.readouterr().err
+    assert "`--records` is 13, too many to hold out of 24 records" in capsys.readouterr().err
 
 
 def test_the_judge_is_asked_about_pairs(compared, monkeypatch):
@@ -147,7 +147,7 @@ def test_the_judge_is_asked_about_pairs(compared, monkeypatch):
         (["--vary", "neftune_lenght=tokens,width"], "Did you mean `neftune_length`"),
         (["--vary", "neftune_length"], "--vary neftune_length=tokens,width"),
         (["--records", "1"], "`--records` is 1"),
-        (["--dataset_streaming", "true"], "no streaming"),
+        (["--dataset_streaming", "true"], "cannot be streamed"),
     ],
 )
 def test_bad_input_is_refused_before_any_training(config, tmp_path, capsys, words, message):

@@ -109,12 +109,12 @@ def test_a_completion_ends_where_the_model_says(model_folder):
     ([PROMPTS[0] | {"instruction": "Else.", "output": "x", "generator": "MODEL"}], "completions of other prompts"),
     ([PROMPTS[0] | {"output": "x", "generator": "other/model"}], "has completions by other/model, not by MODEL"),
     ([row | {"output": "x", "generator": "MODEL"} for row in [*PROMPTS, PROMPTS[0]]], "completions of other prompts"),
-    ([PROMPTS[0] | {"output": "x"}], "is no output of this command"),
-    (PROMPTS, "is no output of this command"),
-    ([5], "is no output of this command"),
+    ([PROMPTS[0] | {"output": "x"}], "was not written by this command"),
+    (PROMPTS, "was not written by this command"),
+    ([5], "was not written by this command"),
     (b"notes of mine", "PROSE"),
-    (b"notes of mine\nin two lines\n", "is no output of this command"),
-    (b"\x80\x81\n", "is no output of this command"),
+    (b"notes of mine\nin two lines\n", "was not written by this command"),
+    (b"\x80\x81\n", "was not written by this command"),
 ])  # fmt: skip
 def test_a_file_that_is_not_its_own_is_refused_and_kept(
     content, message, suffix, prompts, tmp_path, model_folder, capsys
@@ -127,7 +127,7 @@ def test_a_file_that_is_not_its_own_is_refused_and_kept(
     before = file.read_bytes()
     assert run(model_folder, prompts, file) == 2
     said = last_line(capsys)
-    prose = "does not end in a completion of" if suffix == "jsonl" else "is no output of this command"
+    prose = "does not end in a completion of" if suffix == "jsonl" else "was not written by this command"
     assert message.replace("MODEL", model_folder).replace("PROSE", prose) in said
     assert str(file) in said
     assert file.read_bytes() == before
@@ -185,12 +185,12 @@ def test_an_adapter_completes_as_its_merged_model(prompts, tmp_path, model_folde
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    ({"question": "x"}, "record 1 has question; a prompt is in `instruction` or `turns`"),
-    ({"instruction": None}, "record 2 has the instruction None; text is needed"),
-    ({"instruction": " "}, "record 2 has the instruction ' '; text is needed"),
-    ({"turns": []}, "record 2 has the turns []; text is needed"),
-    ({"turns": ["a", None]}, "record 2 has the turns ['a', None]; text is needed"),
-    ({"turns": ["a", ""]}, "record 2 has the turns ['a', '']; text is needed"),
+    ({"question": "x"}, "record 1 has the columns question; it needs `instruction` or `turns`"),
+    ({"instruction": None}, "record 2 has `instruction` None; it needs text"),
+    ({"instruction": " "}, "record 2 has `instruction` ' '; it needs text"),
+    ({"turns": []}, "record 2 has `turns` []; it needs text"),
+    ({"turns": ["a", None]}, "record 2 has `turns` ['a', None]; it needs text"),
+    ({"turns": ["a", ""]}, "record 2 has `turns` ['a', '']; it needs text"),
 ])  # fmt: skip
 def test_a_prompt_that_says_nothing_is_named(row, message, tmp_path, model_folder, capsys):
     file = write(tmp_path / "prompts.json", [{key: ["x"] if key == "turns" else "x" for key in row}, row])
@@ -217,7 +217,7 @@ def test_arguments_are_blamed_by_name(prompts, output, more, message, tmp_path, 
 def test_a_model_that_is_not_there(prompts, tmp_path, capsys):
     assert run(tmp_path / "absent", prompts, tmp_path / "out.json") == 2
     said = last_line(capsys)
-    assert f"`model` is {tmp_path / 'absent'}, and no language model can be loaded" in said
+    assert f"`model` is {tmp_path / 'absent'}, but no language model can be loaded" in said
 
 
 @pytest.mark.parametrize("row", [

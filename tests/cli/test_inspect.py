@@ -75,7 +75,7 @@ def test_the_command(model_folder, tmp_path, capsys):
     assert cli.main(["inspect", model_folder, "--length", "100"]) == 0
     said = capsys.readouterr().out
     assert "model.embed_tokens (Embedding, d=32)" in said
-    assert "model.layers.0.input_layernorm (LlamaRMSNorm); the embedding reaches it times 1" in said
+    assert "model.layers.0.input_layernorm (LlamaRMSNorm); its input is 1 times the embedding" in said
     assert cli.main(["inspect", model_folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["alphas"]["5.0"]["db"] == pytest.approx(1.0, abs=0.3)
 
@@ -125,12 +125,12 @@ def test_a_config_without_weights(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: {tmp_path}\n")
     assert cli.main(["inspect", str(tmp_path / "run.yaml")]) == 0
     said = capsys.readouterr().out
-    assert "unknown: there are no weights" in said
+    assert "unknown (no weights)" in said
     assert f"{5 / math.sqrt(3 * 512 * D):.4g}" in said
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["nothing/here"], "`model` is nothing/here, and no model's config is found there"),
+    (["nothing/here"], "`model` is nothing/here, but no model config was found there"),
     (["x", "--length", "0"], "`--length` is 0"),
     (["absent.yaml"], "`model`: absent.yaml cannot be read"),
 ])  # fmt: skip

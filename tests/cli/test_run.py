@@ -19,7 +19,7 @@ print([entry.get("neftune/alpha") for entry in trainer.state.log_history if "los
 """
 CHILD = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
 START_LINE = "NEFTune: uniform noise, alpha 5 (constant), on model.embed_tokens"
-NO_NOISE = "no Trainer in its processes was given noise"
+NO_NOISE = "no Trainer in its processes used NEFTune"
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_an_environment_without_this_library_is_an_error(run, tmp_path):
     )
     result = run(sys.executable, "-c", code)
     assert result.returncode == 1
-    assert f"`neftune-hf run` started {sys.executable}, which has transformers and no neftune_hf" in result.stderr
+    assert f"`neftune-hf run` started {sys.executable}, which has transformers but not neftune_hf" in result.stderr
 
 
 @pytest.mark.parametrize("status", [0, 3])

@@ -1,7 +1,8 @@
-"""What `neftune-hf run` lets each Python process of its command begin with; not for import.
+"""Runs at startup in each Python process that `neftune-hf run` starts; do not import it.
 
-Python imports a module of this name when it starts, if it finds one. The folder is first in PYTHONPATH, which child
-processes inherit. Nothing is imported here but what Python has loaded already: most processes have no Trainer.
+Python imports a module of this name at startup if it finds one. `neftune-hf run` puts this folder first in PYTHONPATH,
+which child processes inherit. It imports only modules that Python has already loaded, since most processes have no
+Trainer.
 """
 
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 class PatchOnImport:
-    """Runs `patch_transformers()` when `transformers.trainer` has been imported."""
+    """Calls `patch_transformers()` once `transformers.trainer` has been imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "transformers.trainer":
@@ -26,7 +27,7 @@ class PatchOnImport:
                 from neftune_hf import patch_transformers
             except ModuleNotFoundError as error:
                 raise ModuleNotFoundError(
-                    f"`neftune-hf run` started {sys.executable}, which has transformers and no {error.name}: install "
+                    f"`neftune-hf run` started {sys.executable}, which has transformers but not {error.name}: install "
                     "neftune_hf there, or run the command without `neftune-hf run`.",
                     name=error.name,
                 ) from error
@@ -38,7 +39,7 @@ class PatchOnImport:
 
 sys.meta_path.insert(0, PatchOnImport())
 
-# Another sitecustomize, such as a distribution's, is hidden by this one: run it as Python would have done.
+# This module hides any other sitecustomize, such as a distribution's, so run that too.
 sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).parent]
 if (other := PathFinder.find_spec("sitecustomize")) and other.loader:
     sys.modules["sitecustomize"] = module_from_spec(other)
