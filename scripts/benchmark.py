@@ -1,10 +1,10 @@
-"""What NEFTune costs: transformers' built-in and this library against no noise, interleaved in one process, medians.
+"""Measure the cost of NEFTune: no noise, transformers' built-in and this library, interleaved in one process; medians.
 
-    python scripts/benchmark.py -o benchmark.json              # all of it; on 2 CPU cores a quarter of an hour
+    python scripts/benchmark.py -o benchmark.json              # all parts; 15 minutes on 2 CPU cores
     python scripts/benchmark.py --only hook --data alpaca.json
 
-Each part runs twice, in processes of its own: with the allocator as it is, and with one that keeps freed blocks, since
-page faults of large fresh blocks make the built-in look worse than it is. Ratios are the built-in's time over ours.
+Each part runs twice, in separate processes: with the default allocator, and with one that keeps freed blocks, since
+page faults in large new blocks make the built-in look worse than it is. Ratios are the built-in's time over ours.
 """
 
 import argparse
@@ -32,14 +32,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Ready(nn.Embedding):
-    """An embedding whose output is there already, so that the hook alone is timed."""
+    """An embedding with a precomputed output, so that only the hook is timed."""
 
     def forward(self, ids):
         return self.output
 
 
 class Model(nn.Module):
-    """The least that has a token embedding and is told the batch's layout."""
+    """A minimal model with a token embedding and an `attention_mask`."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -53,9 +53,9 @@ class Model(nn.Module):
 
 
 def interleaved(candidates, repeats):
-    """Median seconds of each function, called in turn, after one call of each that is not counted."""
+    """Median seconds of each function, called in turn after one warm-up call each."""
     times = {name: [] for name in candidates}
-    calls = 10 if DEVICE == "cuda" else 1  # a GPU is kept busy, as in training
+    calls = 10 if DEVICE == "cuda" else 1  # keep a GPU busy, as in training
     for round_ in range(repeats + 1):
         for name, function in candidates.items():
             if DEVICE == "cuda":
@@ -100,7 +100,7 @@ def hook_alone(shape, dtype, uniform, repeats):
     output = torch.zeros(shape, dtype=dtype, device=DEVICE)
     given = {"input_ids": ids, "attention_mask": mask}
     parts = {
-        "layout": lambda: layout_of_call(arguments_of_call(given, ids)),  # the integers; on a GPU one kernel does them
+        "layout": lambda: layout_of_call(arguments_of_call(given, ids)),  # on GPU, one kernel
         "copy": lambda: output.clone(),
     }
     return interleaved(trio(make, lambda model: model(ids, mask)) | parts, repeats)
@@ -133,7 +133,7 @@ def training_step(repeats):
         model.zero_grad()
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
 
-    again = llama()  # a pair of the same: how wide the measurement's own noise is
+    again = llama()  # two equal runs show the measurement noise
     return interleaved(trio(llama, run) | {"none again": lambda: run(again)}, repeats)
 
 
@@ -154,7 +154,7 @@ def compiled_hook(shape, dtype, repeats):
 
 
 def graphs(noisy):
-    """Graphs that torch.compile makes of a training forward over seven shapes."""
+    """Graphs that torch.compile creates for a training forward over seven shapes."""
     torch._dynamo.reset()
     model, counter = llama(num_hidden_layers=1).cpu(), CompileCounterWithBackend("eager")
     if noisy:
@@ -187,12 +187,12 @@ def fixed_costs():
 
 
 def packing(data, rows=16, width=512, repeats=5):
-    """Real tokens a second of padded batches and of packed rows, both with exact noise, of the same records."""
+    """Real tokens per second of padded batches and of packed rows of the same records, both with exact noise."""
     records = json.loads(Path(data).read_text())
     texts = [record["instruction"] + record.get("input", "") + record["output"] for record in records]
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(texts), generator=generator)[:rows].tolist()
-    lengths = sorted((min(width, max(1, len(texts[i]) // 4)) for i in chosen), reverse=True)  # 4 characters a token
+    lengths = sorted((min(width, max(1, len(texts[i]) // 4)) for i in chosen), reverse=True)  # 4 characters per token
     bins: list[list[int]] = []
     for length in lengths:  # best fit, decreasing
         fits = [b for b in bins if sum(b) + length <= width]
@@ -285,9 +285,9 @@ def main():
     parts = ["hook", "compiled", "embedding", "step", "fixed", "packing"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=parts, nargs="+", default=parts)
-    parser.add_argument("--data", help="Alpaca's records as JSON, for `packing`")
+    parser.add_argument("--data", help="Alpaca records as JSON, for `packing`")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("-o", "--output", help="write all numbers there, as JSON")
+    parser.add_argument("-o", "--output", help="JSON file for all numbers")
     parser.add_argument("--child", choices=parts, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

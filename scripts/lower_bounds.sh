@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Test a built wheel with the lower bounds of pyproject.toml, first without its extras. torch, whose older builds bring
-# gigabytes of CUDA along, and the tools of the tests stay those of constraints.txt.
+# Test a built wheel with the lower bounds of pyproject.toml, first without extras. torch, whose older builds pull in
+# gigabytes of CUDA, and the test tools keep their versions from constraints.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wheel=$1
@@ -16,7 +16,7 @@ install=("$python" -m pip install --quiet --disable-pip-version-check --constrai
 "${install[@]}" torch
 "${install[@]}" "$wheel"
 
-# Without extras: what needs none imports, and what does says which. -I: the wheel's modules, not the clone's.
+# Without extras, core names can be imported and others name the missing extra. -I: use the wheel, not the clone.
 "$python" -I -c 'from neftune_hf import NEFTuneCallback, NEFTuneTrainerMixin, attach, patch_transformers'
 "$python" -I -c 'from importlib.resources import files; assert (files("neftune_hf") / "py.typed").is_file()'
 says_what_to_install() { { "$python" -I "$@" 2>&1 || true; } | tail -1 | grep 'pip install "neftune_hf\[trl\]"'; }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tune a small real model on this machine without and with NEFTune, and report what differs. Any option of
-# `neftune-hf compare` may follow, for example
+# Fine-tune a small real model on this machine without and with NEFTune, and report the differences. Takes any option of
+# `neftune-hf compare`, for example
 #   scripts/quickstart.sh --model_name_or_path HuggingFaceTB/SmolLM2-360M-Instruct --alphas 0 5 10 --seeds 0 1 2
 source "$(dirname "$0")/_environment.sh"
 model=()

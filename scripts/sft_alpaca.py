@@ -1,9 +1,9 @@
-"""NEFTune on Alpaca, or on any set with `instruction`, `input` and `output`.
+"""NEFTune on Alpaca, or on any data set with `instruction`, `input` and `output`.
 
     accelerate launch scripts/sft_alpaca.py --config configs/alpaca_llama2_7b.yaml
     python scripts/sft_alpaca.py --config configs/alpaca_smollm2.yaml --neftune_noise_alpha 10
 
-The YAML has the paper's settings; any field of it is an option too. Copy the file and change it.
+The YAML has the paper's settings; every field is also an option. Copy this file and change it.
 """
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -13,7 +13,7 @@ from neftune_hf.data import load_instructions
 
 
 def to_prompt_completion(record):
-    """TRL's columns: the loss is on the completion, up to the end of sequence that TRL appends."""
+    """To TRL's columns: the loss is on the completion, including the end-of-sequence token that TRL appends."""
     prompt = f"### Instruction:\n{record['instruction']}\n\n"
     if record["input"]:
         prompt += f"### Input:\n{record['input']}\n\n"

@@ -1,10 +1,10 @@
-"""NEFTune on the conversations of Evol-Instruct, or of any set in ShareGPT's form, with a chat model's own template.
+"""NEFTune on Evol-Instruct, or on any data set in ShareGPT format, with a chat model's own template.
 
     accelerate launch scripts/sft_evol_instruct.py --config configs/evol_instruct_llama2_chat_7b.yaml \\
         --dataset_name WizardLMTeam/WizardLM_evol_instruct_V2_196k
     python scripts/sft_evol_instruct.py --config configs/evol_instruct_smollm2.yaml --dataset_name mine.jsonl
 
-The YAML has the paper's settings; any field of it is an option too. Copy the file and change it.
+The YAML has the paper's settings; every field is also an option. Copy this file and change it.
 """
 
 from transformers import AutoTokenizer
@@ -20,7 +20,7 @@ def main():
     name = script_args.dataset_name
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     # {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}: each turn from gpt is a
-    # completion, with all turns before it as its prompt. What the chat template rejects is dropped and counted.
+    # completion, with all turns before it as the prompt. Records that the chat template rejects are dropped and counted.
     data = load_instructions(name)[script_args.dataset_train_split]
     data = to_prompt_completion(data, name, has_chat_template=True)
     data = keep_usable(data, name, tokenizer, training_args.max_length)

@@ -1,9 +1,9 @@
-"""Train, evaluate, interrupt, resume and delete, over and over in one process: does anything pile up?
+"""Train, evaluate, interrupt, resume and delete in a loop in one process, to find leaks.
 
     python scripts/soak.py --minutes 60
 
-Tiny models, on the CPU. A line a minute; at the end the medians of the first and the last quarter of the cycles after
-a warm-up, and exit status 1 where they differ.
+Uses tiny models on CPU and prints a line per minute. At the end it prints the medians over the first and the last
+quarter of the cycles after a warm-up; the exit status is 1 if one has risen.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from neftune_hf import callback as callback_module
 from neftune_hf import handle as handle_module
 from neftune_hf.hooks import RecordedForward
 
-WARM_UP = 0.2  # of the cycles, which are not looked at
+WARM_UP = 0.2  # share of cycles to ignore
 RSS_SLACK = 1.02
 STEPS = 4
 
@@ -43,7 +43,7 @@ class MixedTrainer(NEFTuneTrainerMixin, Trainer):
 
 
 class FragileNorm(LlamaRMSNorm):
-    """Raises `interruption` in the `passes_left`-th forward pass from now in training mode, or in evaluation."""
+    """Raises `interruption` in the `passes_left`-th forward pass from now, in training or evaluation mode."""
 
     interruption: BaseException | None = None
     passes_left = 0
@@ -58,7 +58,7 @@ class FragileNorm(LlamaRMSNorm):
         return super().forward(hidden_states)
 
 
-# What ends the first run: the exception, in which pass, in training or in evaluation.
+# How the first run ends: the exception, in which pass, whether in training mode.
 INTERRUPTIONS = [
     (KeyboardInterrupt, 3, True),
     (Interruption, 4, True),
@@ -137,7 +137,7 @@ def run_trainer(kind: str, interruption, checkpointing: bool) -> None:
         else:
             raise AssertionError("the interruption was not raised")
         if checkpoint := transformers.trainer_utils.get_last_checkpoint(folder):
-            trainer = make_trainer(kind, model, folder, checkpointing)  # on the model that the first run left
+            trainer = make_trainer(kind, model, folder, checkpointing)  # on the model from the interrupted run
         trainer.train(resume_from_checkpoint=checkpoint)
         assert trainer.state.global_step == STEPS
         assert handle_module.attached_handle(model) is None, "hooks are left on the model"
@@ -150,8 +150,8 @@ def run_loop(interruption, checkpointing: bool) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters())
     batch = {name: torch.tensor(column) for name, column in DATASET[:2].items()}
-    left_alone = attach(make_model(), neftune_noise_alpha=5)  # never removed: it goes with its model
-    for _ in range(2):  # interrupted, then gone on with
+    left_alone = attach(make_model(), neftune_noise_alpha=5)  # never removed; freed with its model
+    for _ in range(2):  # interrupted, then continued
         try:
             with attach(model, neftune_noise_alpha=5) as handle:
                 for step in range(STEPS):
