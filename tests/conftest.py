@@ -1,15 +1,15 @@
-"""Tiny models from config classes and a tokenizer of bytes: nothing is fetched."""
+"""Tiny models from config classes and a byte tokenizer, without downloads."""
 
 import os
 import tempfile
 from pathlib import Path
 
-if "HF_DATASETS_CACHE" not in os.environ:  # what a test reads is not left in the user's cache
+if "HF_DATASETS_CACHE" not in os.environ:  # do not fill the user's cache
     _cache = tempfile.TemporaryDirectory()
     os.environ["HF_DATASETS_CACHE"] = _cache.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):
-    os.environ["TRITON_INTERPRET"] = "1"  # has to be known before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ def make(tmp_path, trainer_class=Trainer, model=None, alpha=None, callbacks=(), 
 
 
 def train(trainer, **kwargs):
-    """As if the trainer had just been made: its constructor seeds dropout, and others were made since."""
+    """Seed dropout as the trainer's constructor does, since other trainers have been created after it."""
     set_seed(trainer.args.seed)
     trainer.train(**kwargs)
 
@@ -59,10 +59,10 @@ def losses(trainer):
 
 
 class Probe:
-    """Keeps ids, input of the layers, and clean embeddings of each forward pass of a Llama, in order.
+    """Records the ids, the layers' input and the clean embeddings of each forward pass of a Llama, in order.
 
-    The layers' input is read where the rotary embedding is handed it: after all hooks on the token embedding, and
-    outside of what gradient checkpointing recomputes.
+    The layers' input is read at the rotary embedding: after all hooks on the token embedding, and outside of what
+    gradient checkpointing recomputes.
 
     Attributes:
         training, other: Passes in training mode with gradients, and all others.
@@ -112,7 +112,7 @@ def _runs(row, *lengths, start=0):
     return [(row, range(a, b)) for a, b in itertools.pairwise(ends)]
 
 
-# What a module is called with, and the sequences in it: (row, columns of its real tokens).
+# Arguments of a forward call, and the sequences in it: (row, columns of the real tokens).
 CALLS = {
     "unpadded": (_ids(2, 5), {"attention_mask": torch.ones(2, 5)}, _runs(0, 5) + _runs(1, 5)),
     "right padding": (
@@ -204,7 +204,7 @@ CALLS = {
 
 
 def expected_layout(ids: torch.Tensor, sequences: list[tuple[int, list[int]]]) -> SequenceLayout:
-    """The layout of these sequences, one by one."""
+    """The layout of these sequences, computed one by one."""
     lengths, positions, hashes = (torch.zeros(ids.shape, dtype=torch.int64) for _ in range(3))
     for row, columns in sequences:
         columns = list(columns)

@@ -25,7 +25,7 @@ from .shrunken import TASKS, shrunken_config
 ALPHA = 5.0
 REAL = ("pixel_values", "flattened_patches", "bbox")
 IMAGES = {"pixel_values": (2, 3, 32, 32)}
-# What forward cannot do without besides token ids, by shape.
+# Required forward arguments besides token ids, with their shapes.
 INPUTS = {
     "blip": IMAGES,
     "blip-2": IMAGES,
@@ -57,7 +57,7 @@ def build(task: str, model_type: str) -> torch.nn.Module:
 
 
 def batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Two right-padded rows, and images and the like for the models that cannot do without."""
+    """Two right-padded rows, with images and the like for models that require them."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(key, lengths):
@@ -77,7 +77,7 @@ def batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check(model: torch.nn.Module, **more) -> str:
-    """The sites, if noise reaches the logits, has the right size and is nowhere else; else an AssertionError."""
+    """Return the sites. Asserts that the noise has the right size, reaches the logits and is nowhere else."""
     given, outputs = batch(model) | more, {}
 
     def logits(training=True):

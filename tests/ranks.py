@@ -1,6 +1,6 @@
-"""Run by test_ranks under torchrun: the set-ups that split a model or a batch over processes, against the bare model.
+"""Run by test_ranks under torchrun: setups that split a model or batch over processes, compared with the plain model.
 
-Each scenario is a function of the world's size that asserts on its own rank; what each raised is written to a file.
+Each scenario is a function of the world size that asserts on its own rank; errors are written to a file.
 """
 
 import functools
@@ -49,7 +49,7 @@ def batch(rank=0, width=6):
 
 
 def noised(model, backward=True, **inputs):
-    """The noised embeddings of one training step at step 1, seed 3, as the layers get them; the step's logits."""
+    """The noised embeddings that the layers get in training step 1 with seed 3, and the logits."""
     seen = []
     with attach(model, neftune_noise_alpha=5, neftune_seed=3) as handle:
         handle.set_step(1)
@@ -135,7 +135,7 @@ def tensor_parallel(kind):
         assert peers_are_identical(found)
         if step == 0:
             assert_same_bits(found, expected)
-        else:  # the first step's sums over the peers are rounded otherwise than those of one process
+        else:  # the first step's sums over the peers round differently than in one process
             torch.testing.assert_close(found, expected)
         torch.testing.assert_close(output.logits, clean.logits, rtol=1e-4, atol=1e-5)
         for optimizer in optimizers:
@@ -145,7 +145,7 @@ def tensor_parallel(kind):
 
 @scenario("tp_size=2 fsdp_size=2", "fsdp_size=2 dp_replicate_size=2", "fsdp_size=4")
 def on_a_mesh(kind):
-    """Tensor-parallel peers share a batch and its noise; every other process has both for itself."""
+    """Tensor-parallel peers share a batch and its noise; other processes have their own."""
     sizes = {name: int(size) for name, size in (part.split("=") for part in kind.split())}
     model = distributed_llama(**sizes)
     data_rank = distributed.get_rank() // sizes.get("tp_size", 1)
@@ -164,7 +164,7 @@ def on_a_mesh(kind):
 
 
 class Embeds(nn.Module):
-    """A table of vectors and nothing after it: for outputs that no layer would take."""
+    """An embedding and nothing after it, for outputs that no layer would accept."""
 
     def __init__(self, d=D, dtype=torch.float32):
         super().__init__()
@@ -256,11 +256,11 @@ def pipeline(kind):
     if first:
         expected, _ = noised(bare(tie_word_embeddings=tied), **batch())
         assert_same_bits(found, expected)
-        with pytest.raises(NoNoiseError):  # a model that embeds nothing is still an error
+        with pytest.raises(NoNoiseError):  # a model without an embedding is still an error
             noised(bare(), inputs_embeds=torch.zeros(2, 6, D))
 
 
-# What a call is given besides the ids, for two rows of `width`.
+# A call's arguments besides the ids, for two rows of `width`.
 SPLIT_CALLS = {
     "right": lambda width: {"attention_mask": torch.arange(width).expand(2, -1) < torch.tensor([[width], [width - 3]])},
     "left": lambda width: {"attention_mask": torch.arange(width).expand(2, -1) >= torch.tensor([[0], [3]])},
@@ -282,13 +282,13 @@ class EmbedsCall(Embeds):
 
 
 def split_call(name, width, seed=0):
-    """Ids and layout arguments as the Trainer makes them for context parallelism: positions are always there."""
+    """Ids and layout arguments as the Trainer creates them for context parallelism, always with positions."""
     ids = torch.randint(3, VOCAB, (2, width), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "position_ids": torch.arange(width).repeat(2, 1)} | SPLIT_CALLS[name](width)
 
 
 def accelerator_on_cpu(**sizes):
-    """Accelerate has its parallelism for devices only: it is told that the processes are GPUs, over gloo."""
+    """accelerate supports this parallelism on accelerators only, so tell it that the processes are GPUs, on gloo."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -304,7 +304,7 @@ def accelerator_on_cpu(**sizes):
 
 @scenario(*(f"{name}; {width}" for name in SPLIT_CALLS for width in (8, 10, 9)))
 def context_parallel(kind):
-    """8 columns are dealt head and tail, 10 and 9 one after the other. Four processes are two groups."""
+    """8 columns are split head and tail, 10 and 9 contiguously. Four processes form two groups."""
     name, width = kind.split("; ")
     group = distributed.get_rank() // 2
     model, inputs = EmbedsCall().train(), split_call(name, int(width), group)
@@ -319,7 +319,7 @@ def context_parallel(kind):
     rank = accelerator.state.device_mesh["cp"].get_local_rank()
     columns = {8: [[0, 1, 6, 7], [2, 3, 4, 5]], 10: [range(5), range(5, 10)], 9: [range(5), range(5, 9)]}
     assert_same_bits(found, expected[:, list(columns[int(width)][rank])])
-    # outside of it nothing is split
+    # nothing is split outside of it
     found, _ = noised(model, **split_call(name, int(width), group))
     assert_same_bits(found, expected)
     accelerator_on_cpu()
@@ -395,7 +395,7 @@ def warnings_come_from_one_rank():
 
 @scenario(*(f"{name}; {width}" for name in ("right", "packed", "no mask") for width in (8, 10)))
 def ulysses(kind):
-    """DeepSpeed's groups are a stand-in; it cuts each row in equal slices, positions included."""
+    """With a stub for DeepSpeed's groups; each row is cut into equal slices, positions included."""
     name, width = kind.split("; ")
     inputs = split_call(name, int(width), seed=distributed.get_rank() // 2)
     expected, _ = noised(EmbedsCall().train(), **inputs)
@@ -441,7 +441,7 @@ def deepspeed(kind):
 
 @scenario()
 def deepspeed_ulysses():
-    """DeepSpeed's own groups and data loader, as accelerate puts them together."""
+    """DeepSpeed's own groups and data loader, as set up by accelerate."""
     import deepspeed
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter

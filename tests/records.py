@@ -1,4 +1,4 @@
-"""Made-up records with the columns of the sets on the hub that the recipes and the docs name."""
+"""Synthetic records with the columns of the hub data sets in the recipes and docs."""
 
 import json
 from pathlib import Path
@@ -66,12 +66,12 @@ HUB_SETS = (
 
 
 def records(name: str, count: int = 8) -> list[dict[str, Any]]:
-    """`count` different records with the columns of the set `name`."""
+    """`count` different records with the columns of the data set `name`."""
     return [_record(name, number, WORDS[number % 8] + "-" * (number // 8)) for number in range(count)]
 
 
 def write(file: Path, rows: list[Any]) -> str:
-    """Write a JSON or JSONL file, as its name says; returns its name."""
+    """Write a JSON or JSONL file, depending on its suffix; returns its name."""
     text = json.dumps(rows) if file.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
     file.write_text(text, encoding="utf-8")
     return str(file)

@@ -1,4 +1,4 @@
-"""A tiny randomly initialised model of any type that transformers knows, from its config class: nothing is fetched."""
+"""A tiny, randomly initialised model of any transformers model type, from its config class, without downloads."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,7 @@ TASKS = {
     "masked LM": ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
 }
 
-# What makes a model small, by the names that configs use. A name that a config class does not have is left out.
+# Config fields that make a model small. Fields that a config class lacks are skipped.
 SMALL = {
     8: "head_dim d_kv attention_head_size kv_channels attn_head_dim "
        "linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim rotary_dim swa_head_dim "
@@ -57,10 +57,10 @@ LATENT = {
     "n_group": 1,
 }
 
-# What one type needs besides, or instead.
+# Additional or different fields for single types.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8},
-    "big_bird": {"attention_type": "original_full"},  # the sparse one draws blocks from numpy's generator
+    "big_bird": {"attention_type": "original_full"},  # block-sparse attention draws from numpy's generator
     "bigbird_pegasus": {"attention_type": "original_full"},
     "blip-2": {"image_token_index": 90},
     "blt": {"encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32}},

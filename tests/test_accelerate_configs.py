@@ -28,7 +28,7 @@ def test_accelerate_reads_it(file):
 
 
 def environment() -> dict[str, str]:
-    """accelerate's config is for GPUs: it is told to use none, and starts the same processes."""
+    """accelerate's config is for GPUs; told to use CPUs, it starts the same processes."""
     return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
 
 
@@ -53,7 +53,7 @@ def test_the_command_of_the_docs_in_two_processes(tmp_path, model_folder):
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path, model_folder):
-    """One process on each; without GPUs as plain data parallelism."""
+    """One process per node, with plain data parallelism on CPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Recomputed passes repeat their noise: gradients are bit-equal with and without checkpointing, or it is an error."""
+"""Recomputed passes repeat the noise: gradients are bit-equal with and without checkpointing, or an error is raised."""
 
 import copy
 
@@ -129,7 +129,7 @@ def test_two_batches_in_flight_recomputed_last_first(which):
 
 
 def test_two_passes_over_one_batch_and_a_graph_that_is_kept():
-    """R-Drop: both passes have the same noise. A graph that is kept is recomputed at each backward."""
+    """R-Drop: both passes have the same noise. A retained graph is recomputed in each backward."""
 
     def run(model, checkpointed=True):
         def logits():
@@ -145,7 +145,7 @@ def test_two_passes_over_one_batch_and_a_graph_that_is_kept():
 
 
 def test_the_same_ids_with_two_masks():
-    """Around the model each pass has its own mask; around the embedding alone nobody knows which it was."""
+    """Around the model each pass has its own mask; around the embedding alone the mask is unknown."""
     masks = [GIVEN["attention_mask"], torch.ones_like(IDS)]
 
     def run(model, checkpointed=True):
@@ -202,7 +202,7 @@ def test_a_reentrant_checkpoint_around_the_embedding_names_the_remedy():
 
 
 def test_a_loss_that_caches_embeddings_names_the_remedy():
-    """As sentence-transformers' cached losses: a pass without gradients, then in backward the same with gradients."""
+    """As in sentence-transformers' cached losses: a pass without gradients, repeated with gradients in backward."""
     model = model_of()
     with attach(model, neftune_noise_alpha=5):
         with torch.no_grad():
@@ -230,12 +230,12 @@ def test_a_backward_after_the_step_has_advanced_is_an_error():
 
 @pytest.mark.parametrize("derived", [False, True])
 def test_a_backward_after_a_whole_step_of_another_batch_is_an_error(derived):
-    """The noise of the first batch is not that of the present step, though ids of its shape have been noised in it."""
+    """The first batch's noise is not the current step's, although ids of the same shape have been noised in it."""
     model = model_of()
     of_another = GIVEN | {"input_ids": IDS + 1}
 
     def loss_of(given):
-        if derived:  # the model makes the ids that it looks up of those that the checkpoint keeps
+        if derived:  # the model derives the ids that it embeds from those that the checkpoint keeps
             given = given | {"input_ids": given["input_ids"].clone()}
         return model(**given).loss
 

@@ -1,4 +1,4 @@
-"""Noise in compiled models: the same bits, as many graphs as without, and on and off whenever the handle is."""
+"""Noise in compiled models: the same bits, as many graphs as without, and on only while the handle is attached."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from .helpers import losses, make, train
 
 
 def graphs(shapes, between=None, steps=1, **fields):
-    """Graphs that torch.compile makes for training forwards over the shapes, and the noise handle."""
+    """The graphs that torch.compile creates for training forwards over the shapes, and the handle."""
     torch._dynamo.reset()
     model = tiny_llama(num_hidden_layers=1).train()
     counter = CompileCounterWithBackend("eager")
@@ -30,7 +30,7 @@ def graphs(shapes, between=None, steps=1, **fields):
 
 
 def test_compiled_model_is_noised_and_not_compiled_anew_step_after_step():
-    """Steps, alpha's schedule, and taking the noise off and putting it on again cause no compilation."""
+    """Steps, an alpha schedule, and removing and re-attaching the handle do not recompile."""
     fields = {"neftune_noise_alpha": 5, "neftune_schedule": "linear"}
     first, handle = graphs([(2, 6)], **fields)
     assert [site.path for site in handle.sites] == ["model.embed_tokens"]
@@ -84,7 +84,7 @@ GIVEN = {"input_ids": torch.randint(3, VOCAB, (2, 6)), "attention_mask": torch.t
 
 @pytest.mark.slow
 def test_on_and_off_whatever_was_compiled_before():
-    """Dynamo has no guards on hooks: code compiled without noise must not be used with it, nor the other way."""
+    """Dynamo has no guards on hooks: code compiled without noise must not run with it, nor vice versa."""
     torch._dynamo.reset()
     model, other = tiny_llama(attention_dropout=0.0).train(), tiny_llama(attention_dropout=0.0).train()
     counter = CompileCounterWithBackend("eager")
@@ -109,7 +109,7 @@ def test_on_and_off_whatever_was_compiled_before():
 
 @pytest.mark.slow
 def test_a_baseline_run_and_then_a_noised_one(tmp_path):
-    """In one process, of one class, compiled."""
+    """Two compiled models of one class in one process."""
     torch._dynamo.reset()
     settings = {
         "torch_compile": True,

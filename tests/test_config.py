@@ -1,4 +1,4 @@
-"""Settings: what is refused, how it is said, and what wins."""
+"""Settings: which values are refused, the error messages, and precedence."""
 
 import dataclasses
 import re

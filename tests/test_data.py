@@ -1,4 +1,4 @@
-"""Instruction sets: what is read, what it becomes, what is refused, and what is dropped and counted."""
+"""Instruction sets: formats, conversion, errors, and which records are dropped and counted."""
 
 import json
 import logging
@@ -101,7 +101,7 @@ def test_a_folder_without_data_and_a_name_that_the_hub_does_not_know(tmp_path):
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("name", HUB_SETS)
 def test_the_sets_of_the_hub_have_loss_on_completions_only(tmp_path, name, chat, streaming):
-    """From a file with a set's own columns to the labels that TRL trains on."""
+    """From a file with a data set's own columns to TRL's labels."""
     rows = records(name, count=4)
     tokenizer = byte_tokenizer(chat=chat)
     data = load_instructions(write(tmp_path / "set.jsonl", rows), streaming=streaming)["train"]
@@ -308,7 +308,7 @@ ALTERNATING = (
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_conversations_that_a_template_rejects_are_counted_and_dropped(streaming, caplog):
-    odd = [CONVERSATION[1], *CONVERSATION[1:]]  # two user turns on end
+    odd = [CONVERSATION[1], *CONVERSATION[1:]]  # two user turns in a row
     data = stream(Dataset.from_list([{"conversations": turns} for turns in (CONVERSATION[1:], odd)]), streaming)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = ALTERNATING
@@ -328,7 +328,7 @@ def test_a_set_with_nothing_to_learn_from_is_refused(streaming):
 
 
 def test_the_quickstart_set():
-    """What the project ships: a few hundred pairs, completions of substance, nothing held out that is trained on."""
+    """The data in configs/quickstart: a few hundred pairs, no trivial completions, and no overlap of the splits."""
     splits = load_instructions(str(ROOT / "configs" / "quickstart"))
     train, test = splits["train"], splits["test"]
     assert len(train) + len(test) >= 250

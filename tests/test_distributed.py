@@ -46,11 +46,11 @@ def test_noise_does_not_know_the_rank_and_a_resumed_run_is_the_same(tmp_path, ki
             key = noise_key(COMMON["seed"], step=number // (2 * passes))
             alpha = -5.0 if passes == 2 and number % 2 else 5.0
             for row, found, e in zip(ids, noised, clean, strict=True):
-                alone = row[row != 2][None]  # without its padding, its batch and its rank
+                alone = row[row != 2][None]  # alone: no padding, batch or rank
                 expected = add_noise(e[row != 2][None], sequence_layout(alone), alpha, key)
                 assert torch.equal(found[row != 2][None], expected)
                 assert torch.equal(found[row == 2], e[row == 2])
-    assert not torch.equal(runs[0]["seen"][0][0], runs[1]["seen"][0][0])  # other data, and so other noise
+    assert not torch.equal(runs[0]["seen"][0][0], runs[1]["seen"][0][0])  # different data, so different noise
     for a, b, c in zip(runs[0]["weights"], runs[1]["weights"], runs[0]["again"], strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)

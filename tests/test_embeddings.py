@@ -1,4 +1,4 @@
-"""Where token ids become embeddings: both sides, virtual tokens, images, compiled models."""
+"""Finding input embeddings: encoder-decoders, virtual tokens, images, compiled models."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ WIDE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num
 
 
 def test_both_sides_of_a_sequence_to_sequence_model_have_their_own_lengths():
-    """The decoder is rarely given a mask: its lengths are those of the labels."""
+    """A decoder is rarely called with a mask; its lengths are those of the labels."""
     model = transformers.T5ForConditionalGeneration(shrunken_config("t5", decoder_start_token_id=0))
     model.train()
     encoder_mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
@@ -42,7 +42,7 @@ def test_both_sides_of_a_sequence_to_sequence_model_have_their_own_lengths():
 
 @pytest.mark.parametrize("eos", [1, [7, 1]])
 def test_a_decoder_without_labels_whose_padding_is_its_end_of_sequence(eos):
-    """As Whisper under label smoothing, where the Trainer keeps the labels to itself."""
+    """As for Whisper with label smoothing, where the Trainer does not pass the labels to the model."""
     config = shrunken_config("t5", decoder_start_token_id=0, pad_token_id=1)
     config.eos_token_id = eos
     model = transformers.T5ForConditionalGeneration(config).train()
@@ -85,7 +85,7 @@ def test_composite_model_is_noised_on_its_text_side():
     )
     model = transformers.LlavaForConditionalGeneration(config).train()
     ids = torch.randint(3, 60, (2, 6))
-    ids[0, :2] = 63  # an image stands here
+    ids[0, :2] = 63  # an image
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
     outputs = []
     with attach(model, neftune_noise_alpha=5) as handle:

@@ -1,6 +1,6 @@
-"""Every Python example of the docstrings, README and docs runs, on a tiny model in place of those on the hub.
+"""Run every Python example in docstrings, README and docs, with a tiny model instead of those on the hub.
 
-Of their commands and YAML the names are checked: files, commands, options and fields.
+In commands and YAML, check that files, commands, options and fields exist.
 """
 
 import doctest
@@ -40,14 +40,14 @@ EXAMPLES, COMMANDS, SETTINGS = blocks("python"), blocks("bash"), blocks("yaml")
 
 @pytest.fixture
 def names(tmp_path, monkeypatch) -> dict:
-    """What examples take for granted. Their folders and models of the hub are looked for in the working directory."""
+    """The names that examples assume. Their folders and hub models are looked up in the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for folder in ("facebook/opt-350m", "HuggingFaceTB/SmolLM2-135M-Instruct", "outputs/alpaca_qwen3"):
         tiny_llama().save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).train()
-    # TRL's configs have bf16 by default, which transformers takes on a GPU only.
+    # TRL's configs default to bf16, which transformers accepts only on a GPU.
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     dataset = token_dataset(rows=4, shortest=8, longest=8)
     ids = dataset.with_format("torch")["input_ids"][:]

@@ -1,4 +1,4 @@
-"""The figures of the docs, and the table of what changes, are what `scripts/figures.py` makes."""
+"""The figures and the table in the docs match the output of `scripts/figures.py`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Noise on live models: its size on every layout, when it acts, and that it leaves no trace."""
+"""Noise in real models: its size for every layout, when it is added, and that nothing is left behind."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from .conftest import VOCAB, D, leftovers, tiny_llama
 
 ALPHA = 5.0
 
-# Each: what the model is called with, and the length of each token's own sequence (0 on padding).
+# The arguments of each call, and the length of each token's sequence (0 for padding).
 BATCHES = {
     "right padding": ({"attention_mask": [[1] * 9 + [0] * 7, [1] * 16]}, [[9] * 9 + [0] * 7, [16] * 16]),
     "left padding": ({"attention_mask": [[0] * 7 + [1] * 9, [1] * 16]}, [[0] * 7 + [9] * 9, [16] * 16]),
@@ -91,7 +91,7 @@ def test_steps_seeds_and_sequences_differ_and_steps_repeat():
 
     first = list(noised())
     everything = [*first, *noised(seed=1), *noised(seed=2**64 - 1)]
-    assert len({tuple(e[:2].flatten().tolist()) for e in everything}) == 18  # also on the prefix that two share
+    assert len({tuple(e[:2].flatten().tolist()) for e in everything}) == 18  # also on a shared prefix
     assert all(torch.equal(a, b) for a, b in zip(first, noised(), strict=True))
 
 
@@ -219,7 +219,7 @@ def test_two_threads_that_run_one_model_have_their_own_lengths():
 
         def keep(module, args, output):
             found[threading.current_thread()] = output.detach()
-            wait()  # neither forward has ended before both have embedded
+            wait()  # neither forward ends before both have embedded
 
         model.model.embed_tokens.register_forward_pre_hook(wait)
         model.model.embed_tokens.register_forward_hook(keep)
@@ -302,7 +302,7 @@ def test_schedule_needs_the_number_of_steps_once():
 
 
 def test_forwards_that_are_replaced_while_the_noise_is_on_or_off_stay():
-    """As accelerate does it when it prepares a model for mixed precision."""
+    """As accelerate does when it prepares a model for mixed precision."""
     model, ids = tiny_llama().train(), torch.tensor([[3, 4, 5]])
     calls = []
 

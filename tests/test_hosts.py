@@ -1,4 +1,4 @@
-"""What NEFTune owes to the hosts it runs in, and what it must not take from them."""
+"""NEFTune next to other libraries: every way of calling a model, other callbacks, metrics, and unusual models."""
 
 import copy
 import gc
@@ -60,11 +60,11 @@ def rms_by_row(noise, lengths):
     return [row[:n].std().item() * (3 * n * row.shape[-1]) ** 0.5 for row, n in zip(noise, lengths, strict=True)]
 
 
-# Noise on whatever way the model is called
+# Noise however the model is called
 
 
 class SentenceEncoder(torch.nn.Module):
-    """Calls the forward of the model inside past its `__call__`, as sentence-transformers does."""
+    """Calls the inner model's `forward` without `__call__`, as sentence-transformers does."""
 
     def __init__(self, model):
         super().__init__()
@@ -99,7 +99,7 @@ def test_a_forward_that_is_called_directly_or_replaced_is_seen(how):
 
 
 class Pairs(torch.nn.Module):
-    """Chosen and rejected of different widths in one forward."""
+    """Chosen and rejected sequences of different widths in one forward."""
 
     def __init__(self):
         super().__init__()
@@ -220,7 +220,7 @@ def test_the_mixin_behind_the_trainer_is_refused_with_the_right_order():
 
 
 class TrainsBesides(TrainerCallback):
-    """Another callback that runs the model in training mode, where no step is."""
+    """Another callback that runs the model in training mode outside of a step."""
 
     def __init__(self, probe):
         self.probe, self.other = probe, []
@@ -246,7 +246,7 @@ def test_other_callbacks_passes_are_clean(tmp_path, first):
 
 
 class Late(TrainerCallback):
-    """Adds a callback in mid-run."""
+    """Adds a callback during a run."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -262,11 +262,11 @@ def test_a_callback_that_is_added_in_mid_run_begins_at_the_next_step(tmp_path):
     assert [torch.equal(noised, clean) for _, noised, clean in probe.training] == [True, True, False, False]
 
 
-# The host's numbers
+# The trainer's metrics
 
 
 def test_evaluation_and_training_give_all_that_they_give_without(tmp_path):
-    """TRL writes token counts, entropy and accuracy into the dict of a log, and returns it from `evaluate`."""
+    """TRL adds token counts, entropy and accuracy to a log's dict, and returns it from `evaluate`."""
 
     def run(trainer_class, config_class, **fields):
         args = config_class(
@@ -291,7 +291,7 @@ def test_evaluation_and_training_give_all_that_they_give_without(tmp_path):
 
 
 def test_reporters_see_the_metrics_of_a_bare_callback(tmp_path, monkeypatch):
-    """The tracker's callback stands before the user's."""
+    """The tracker's callback comes before the user's."""
     logged = []
 
     class Tracker(TrainerCallback):
@@ -328,7 +328,7 @@ def test_a_log_before_there_is_a_history(tmp_path):
     callback.detach()
 
 
-# The host's contracts
+# The Trainer's interfaces
 
 
 @pytest.mark.slow
@@ -399,7 +399,7 @@ def test_a_run_does_not_keep_the_model(tmp_path, kind, trainer_class):
     else:
         train(trainer)
     if kind == "interrupted" and trainer_class is Trainer:
-        callback.detach()  # a bare callback does not hear of an exception
+        callback.detach()  # a callback alone is not notified of an exception
     reference = weakref.ref(trainer.model)
     del trainer
     gc.collect()
@@ -462,7 +462,7 @@ def test_a_card_keeps_the_users_sections_and_one_that_cannot_be_read_ends_no_run
     assert "cannot be read" in caplog.text
 
 
-# Models whose embeddings are not what they say
+# Models whose `get_input_embeddings` is misleading
 
 
 def test_a_vision_tower_beside_the_text_is_not_text():

@@ -5,7 +5,7 @@ import pytest
 
 from neftune_hf.intervals import log_ratio, mean_interval, needed
 
-# Standard deviations of the effects of a seed and of a record, and of the rest.
+# Standard deviations of the seed effect, the record effect and the residual.
 EFFECTS = {
     "seeds": (1, 0, 0.1),
     "records": (0, 1, 1),
@@ -30,7 +30,7 @@ def rate(happens, experiments=600):
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
 def test_intervals_cover_the_truth_at_their_rate(effects, seeds):
     if seeds == 1:
-        effects = (0, *effects[1:])  # what one seed cannot know, its interval is not of
+        effects = (0, *effects[1:])  # with one seed, the interval does not cover the seed effect
 
     def covers(number):
         interval = mean_interval(simulate(0.3, effects, seeds, number=number))
@@ -42,7 +42,7 @@ def test_intervals_cover_the_truth_at_their_rate(effects, seeds):
 def test_a_sum_of_two_samples_is_covered_too():
     def covers(number):
         rng = np.random.default_rng(number)
-        seed = rng.standard_normal((3, 1))  # the same in both, as the loss of a model on two sets of records
+        seed = rng.standard_normal((3, 1))  # shared by both, like a model's losses on two sets of records
         interval = mean_interval(1 + seed + rng.standard_normal((3, 30)), seed + rng.standard_normal((3, 60)))
         return interval.low <= 1 <= interval.high
 
@@ -71,7 +71,7 @@ def test_a_ratio_of_means_is_that_of_its_table():
         interval = mean_interval(log_ratio(values, baseline))
         return interval.low <= np.log(1.2) <= interval.high
 
-    assert rate(covers) >= 0.92  # more where neither seeds nor records have an effect
+    assert rate(covers) >= 0.92  # higher if neither seeds nor records have an effect
 
 
 def test_the_number_of_seeds_or_records_that_is_asked_for_is_enough():

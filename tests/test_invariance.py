@@ -1,4 +1,4 @@
-"""One sequence has one noise: in any layout, batch, compilation and number of processes."""
+"""A sequence has the same noise in any layout and batch, compiled or not, on any number of processes."""
 
 import itertools
 import os
@@ -53,7 +53,7 @@ def one_by_one(order):
     return calls
 
 
-# Forward calls, each with which of its tokens are real; the sequences in their order.
+# Forward calls, each with a mask of its real tokens; the sequences in order.
 LAYOUTS = {
     "padded right": padded(left=False),
     "padded left": padded(left=True),
@@ -65,7 +65,7 @@ LAYOUTS = {
 
 
 def noise_of(calls, how="eager", **fields):
-    """The noise of each sequence, one after the other, as a model that forwards `calls` has it."""
+    """The noise of each sequence, in order, when a model runs `calls`."""
     found = []
     model = tiny_llama(num_hidden_layers=1, attention_dropout=0.0).train()
     with torch.no_grad():
@@ -110,7 +110,7 @@ RECORDS = Dataset.from_dict({"input_ids": [s.tolist() for s in SEQUENCES[:2]] * 
 
 
 def sft(folder, **settings):
-    """One optimisation step over four records, in one micro-batch, and the loss."""
+    """One optimizer step over four records, in one micro-batch, and the loss."""
     settings = COMMON | {"max_steps": 1, "per_device_train_batch_size": 4, "max_length": 64, "bf16": False} | settings
     args = NEFTuneSFTConfig(str(folder), neftune_noise_alpha=5, **settings)
     model = tiny_llama(attention_dropout=0.0)
@@ -167,7 +167,7 @@ def test_two_processes_have_the_loss_of_one(padded_step, tmp_path):
 
 
 class Peak(TorchDispatchMode):
-    """The largest number of bytes in tensors that are alive at the same time, of those made inside."""
+    """Peak bytes of tensors that were created inside and are alive at the same time."""
 
     def __init__(self):
         super().__init__()

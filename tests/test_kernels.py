@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("cl
 
 
 def batch(batch_size, length, d, dtype=torch.float32):
-    """Embeddings and the call they are of, padded on the right."""
+    """Embeddings and their call, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 50_000, (batch_size, length), generator=generator)
     real = torch.randint(0, length + 1, (batch_size, 1), generator=generator)
@@ -44,7 +44,7 @@ def noised(e, call, noise_type="uniform", alpha=5.0, key=noise_key(1)):
 
 @pytest.fixture(params=["uniform", "gaussian", "bernoulli", "laplace"])
 def noise_type(request, monkeypatch):
-    """The noise types, and one that a user might add: declared once, every path has it."""
+    """The noise types, and one that a user might add: defined once, it works in every path."""
     if request.param == "laplace":
         monkeypatch.setitem(NOISE_TYPES, "laplace", lambda u: -u.sign() * torch.log1p(-u.abs()) / 6**0.5)
     return request.param
@@ -97,7 +97,7 @@ def test_gradients_of_gradients_and_forward_mode():
 
 
 def test_per_sample_gradients_are_those_of_each_sample():
-    """torch.func takes the plain formula."""
+    """torch.func uses the plain torch code."""
     weight, ids = torch.randn(50, 4), torch.randint(0, 50, (3, 5))
 
     def loss(weight, ids):
@@ -125,7 +125,7 @@ def test_by_width_each_row_is_one_sequence():
     assert torch.equal(found, add_noise(e, layout_of_call(CallArguments(call.input_ids)), 5.0, noise_key(1)))
 
 
-# Triton: on a GPU where there is one, else in its interpreter.
+# Triton: on a GPU if there is one, else in the interpreter.
 
 
 def by_triton(e, call, noise_type, alpha=5.0, key=noise_key(1)):
@@ -140,7 +140,7 @@ def by_triton(e, call, noise_type, alpha=5.0, key=noise_key(1)):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (3, 70, 33), (1, 4, 1003)])
 def test_triton_equals_the_reference(shape, dtype, noise_type):
-    """The same integers, and so the same noise; sums within one rounding."""
+    """The same integers, so the same noise; sums differ by at most one rounding."""
     for key in (noise_key(1), noise_key(2), -(2**63)):
         e, call = batch(*shape, dtype)
         layout = layout_of_call(call)
@@ -189,7 +189,7 @@ def test_triton_refuses_what_it_does_not_do_exactly(noise_type):
 
 
 class Operations(TorchDispatchMode):
-    """Counts torch's operations, and refuses one that waits for the device."""
+    """Counts torch operations, and fails on one that synchronises with the device."""
 
     def __init__(self):
         super().__init__()
@@ -206,7 +206,7 @@ LAUNCHES_NOTHING = ("view", "select", "slice", "detach", "alias", "expand", "emp
 
 @pytest.mark.parametrize("name", [*CALLS, "labels"])
 def test_a_call_on_a_gpu_is_three_launches_and_ten_operations(name, monkeypatch):
-    """The same path in the interpreter: what is counted here is the host's work."""
+    """The same path in the interpreter: this counts the host's work."""
     launches = []
     for kernel in ("_lay_out", "_add_noise"):
         original = getattr(triton_kernels, kernel)
@@ -231,7 +231,7 @@ def test_a_call_on_a_gpu_is_three_launches_and_ten_operations(name, monkeypatch)
     launching = [
         o for o in operations.counted.elements() if not o.startswith(tuple(f"aten.{n}" for n in LAUNCHES_NOTHING))
     ]
-    # A mask that is narrower than the ids has to be widened.
+    # A mask narrower than the ids has to be padded.
     assert len(launching) + len(launches) <= (5 if name == "a mask narrower than the ids" else 3), launching
 
 
@@ -270,7 +270,7 @@ for values in (
 
 @pytest.mark.slow
 def test_tritons_kernels_compile_for_an_h100():
-    """With or without one here: each thread loads its 32 embeddings once, adds, and stores them once."""
+    """Does not need a GPU: each thread loads its 32 embeddings once, adds the noise, and stores them once."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     found = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-3000:]
@@ -288,7 +288,7 @@ def test_tritons_kernels_compile_for_an_h100():
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager(dtype, noise_type):
-    """The same integers; sums within one rounding, since a compiler may fuse the multiplication with the addition."""
+    """The same integers; sums differ by at most one rounding, since a compiler may use a fused multiply-add."""
     if dtype != torch.float32 and noise_type != "uniform":
         pytest.skip("the type of noise does not depend on the dtype")
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ from .helpers import CALLS, _square, expected_layout
 
 
 def lengths_of_call(given, ids, **about_the_site):
-    """L for each id that is looked up, in the shape of the lookup."""
+    """L for each embedded id, in the shape of the ids."""
     call = arguments_of_call(given, ids, **about_the_site)
     lengths = layout_of_call(call).lengths
     return (lengths.T if call.is_time_major else lengths).reshape(ids.shape)
@@ -96,7 +96,7 @@ def test_left_padding_with_positions_that_run_on():
 
 
 def test_mask_wider_than_the_ids_and_narrower():
-    wider = torch.tensor([[1, 1, 1, 1, 0]])  # two virtual tokens or cached ones stand before
+    wider = torch.tensor([[1, 1, 1, 1, 0]])  # preceded by two virtual or cached tokens
     assert sequence_lengths((1, 3), attention_mask=wider).tolist() == [[2, 2, 0]]
     narrower = torch.tensor([[1, 1, 0]])  # the model pads its ids to a window
     assert sequence_lengths((1, 5), attention_mask=narrower).tolist() == [[2, 2, 0, 0, 0]]
@@ -124,7 +124,7 @@ def test_a_square_batch_that_is_time_major_is_known_by_its_ids():
     assert lengths_of_call(given, ids.T).tolist() == [[2, 1], [2, 0]]
 
 
-PLACED = [[9, 9, 5, 6, 7, 0]]  # 9 stands for an image's features; the last is padding
+PLACED = [[9, 9, 5, 6, 7, 0]]  # 9 is an image placeholder; the last is padding
 
 
 @pytest.mark.parametrize(
@@ -180,17 +180,17 @@ def test_an_empty_batch():
 
 
 def test_a_second_lookup_of_another_width_has_its_own_padding():
-    """Chosen and rejected in one module: the mask is not theirs, so what pads them is the pad token."""
+    """Chosen and rejected ids in one module: the mask has another shape, so padding is found by the pad token."""
     given = {"input_ids": torch.ones(2, 6), "attention_mask": torch.ones(2, 6)}
     other = torch.tensor([[5, 6, 0, 0], [7, 8, 9, 0]])
     assert lengths_of_call(given, other, pad_token_id=0).tolist() == [[2, 2, 0, 0], [3, 3, 3, 0]]
-    padding = torch.zeros(2, 3, dtype=torch.int64)  # as LED fills its window
+    padding = torch.zeros(2, 3, dtype=torch.int64)  # as LED pads to its window
     assert not lengths_of_call(given, padding, pad_token_id=0).any()
 
 
 @pytest.mark.parametrize("labels", [[[5, -100, 6, 7, 1], [5, 6, 1, -100, -100]], [[5, 8, 6, 7, 1], [5, 6, 1, 0, 0]]])
 def test_a_decoder_without_a_mask_has_the_lengths_of_its_labels(labels):
-    """With the labels, or where the Trainer keeps them to itself (label smoothing), with what it shifted them to."""
+    """With the labels or, if the Trainer does not pass them on (label smoothing), with the ids shifted from them."""
     labels = torch.tensor(labels)
     inputs = torch.tensor([[0, 5, 8, 6, 7], [0, 5, 6, 1, 0]])
     expected = [[5] * 5, [3, 3, 3, 0, 0]]
@@ -198,7 +198,7 @@ def test_a_decoder_without_a_mask_has_the_lengths_of_its_labels(labels):
     assert lengths_of_call(given, inputs, is_decoder=True, pad_token_id=0).tolist() == expected
     del given["labels"]
     assert lengths_of_call(given, inputs, is_decoder=True, pad_token_id=0).tolist() == expected
-    of_whisper = inputs.masked_fill(inputs == 1, 0)  # what pads also ends
+    of_whisper = inputs.masked_fill(inputs == 1, 0)  # the padding id is eos
     found = lengths_of_call({"input_ids": of_whisper}, of_whisper, is_decoder=True, pad_token_id=0, pad_is_eos=True)
     assert found.tolist() == expected
 

@@ -1,4 +1,4 @@
-"""What befalls a run between its first step and its last: retries, kills, trials, evaluations, copies."""
+"""Events during a run: retries, kills, trials, evaluations, copies."""
 
 import copy
 import signal
@@ -19,7 +19,7 @@ MIXED = {"mixin": (MixedTrainer, lambda: []), "callback": (Trainer, lambda: [NEF
 
 @pytest.fixture(params=MIXED)
 def noisy(request):
-    """Makes a trainer with NEFTune at alpha 5, of either kind."""
+    """Creates a trainer of either kind with NEFTune at alpha 5."""
     trainer_class, ours = MIXED[request.param]
 
     def make_noisy(folder, callbacks=(), **settings):
@@ -68,7 +68,7 @@ def test_a_batch_size_that_is_too_large_is_retried(noisy, tmp_path):
 
 
 class Snapshot(TrainerCallback):
-    """In the middle of a step: copies, pickles and saves the model as it is, hooks and all."""
+    """Copies, pickles and saves the model in the middle of a step, with the hooks on."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -82,14 +82,14 @@ class Snapshot(TrainerCallback):
             model.save_pretrained(self.folder / "pretrained")
             self.expected = {name: value.clone() for name, value in model.state_dict().items()}
 
-    on_pre_optimizer_step = on_step_begin  # by the order of the callbacks, the hooks are on in one of the two
+    on_pre_optimizer_step = on_step_begin  # depending on the callback order, the hooks are on in one of the two
 
 
 def test_copies_and_files_made_inside_a_step_are_clean_and_train(noisy, tmp_path):
     snapshot = Snapshot(tmp_path)
     trainer = noisy(tmp_path / "run", callbacks=[snapshot])
     train(trainer)
-    assert snapshot.hooked  # it was noised when the copies were made
+    assert snapshot.hooked  # the model was noised when it was copied
     trainer.save_model(tmp_path / "saved")
     results = []
     for model in (

@@ -1,4 +1,4 @@
-"""A spread of model types, those among them whose embeddings are unusual; `tests.model_types` sweeps all."""
+"""A selection of model types, including those with unusual embeddings; `tests.model_types` runs all."""
 
 import pytest
 

@@ -29,12 +29,12 @@ def mix64(x: int) -> int:
 
 
 def reference_hash(ids: list[int]) -> int:
-    """The hash of a sequence, in unsigned Python integers."""
+    """The hash of a sequence, computed with unsigned Python integers."""
     return sum(mix64((i + (position << 32) + GOLDEN) & M64) for position, i in enumerate(ids)) & M64
 
 
 def reference_word(key: int, sequence_hash: int, position: int, channel: int) -> int:
-    """The word of one element."""
+    """The random word of one element."""
     sequence_key = mix64((sequence_hash ^ key) & M64)
     token = mix64((sequence_key + (position + 1) * GOLDEN) & M64)
     x = ((token & M32) + mix32(channel)) & M32
@@ -52,7 +52,7 @@ def reference_u(word: int, noise_type: str) -> float:
 
 
 def random_layout(*shape, seed=0):
-    """A layout in which each row is a sequence, as noise.py sees it."""
+    """A layout in which each row is a sequence."""
     ids = torch.randint(0, 50_000, shape, generator=torch.Generator().manual_seed(seed))
     return sequence_layout(ids)
 
@@ -69,7 +69,7 @@ def test_words_equal_python_integers(d, key):
 
 
 def test_golden_words_never_change():
-    """A published run can be replayed from its seed for as long as these hold."""
+    """Golden values: as long as they hold, a published run can be replayed from its seed."""
     key = noise_key(seed=42, step=1000, embedding=1)
     assert key == -8040536459676882159
     assert random_words(sequence_layout(torch.tensor([[3, 5]])), 4, key).flatten().tolist() == [
@@ -95,7 +95,7 @@ def test_add_noise_equals_float64_reference(noise_type, dtype, mask):
     noisy = add_noise(e, sequence_layout(ids, torch.tensor(mask)), alpha, key, noise_type)
     assert noisy.dtype == dtype
     eps = max(torch.finfo(dtype).eps, 2.0**-23)
-    ulps = 4 if noise_type == "gaussian" else 1.01  # torch's erfinv is good to a few units in the last place
+    ulps = 4 if noise_type == "gaussian" else 1.01  # torch's erfinv is accurate to a few ulps
     for b in range(2):
         real = [ids[b, t].item() for t in range(4) if mask[b][t]]
         for t in range(4):
@@ -153,26 +153,26 @@ def test_rounded_noise_is_unbiased(dtype):
 
 
 def z(*factors):
-    """The mean of a product of independent draws, in its own standard deviations."""
+    """The mean of a product of independent draws, divided by its standard error."""
     product = math.prod(factors)
     return (product.mean(dtype=torch.float64) * math.sqrt(3 ** len(factors) * product.numel())).item()
 
 
 def z_of_sum(first, *others):
-    """The same for cos(pi * (first - sum of others)): one where the first is their sum modulo 2, as u is."""
+    """The same for cos(pi * (first - sum of others)), which is 1 if the first is the sum of the others modulo 2."""
     turns = first - sum(others)
     return (torch.cos(math.pi * turns).mean(dtype=torch.float64) * math.sqrt(2 * turns.numel())).item()
 
 
-# Lags at which the outputs of additive and of exclusive-or generators depend on each other (Knuth; Ziff 1998).
+# Lags at which the outputs of additive and XOR generators depend on each other (Knuth; Ziff 1998).
 TAPS = [(5, 17), (24, 55), (37, 100), (103, 250), (38, 89, 61, 127), (471, 1586, 6988, 9689)]
 
 
 def dependence(u):
-    """Scores of products of draws of one batch, (tokens, channels): standard normal if they are independent.
+    """z-scores of products of draws from one batch, (tokens, channels): standard normal if they are independent.
 
-    A lagged-Fibonacci generator is exposed by the three or five outputs at its lags, a pool that is read at random
-    offsets by rows that repeat at a shift, a hash of (row + column) by the corners of rectangles.
+    The three or five outputs at its lags expose a lagged-Fibonacci generator, rows that repeat at a shift expose a pool
+    that is read at random offsets, and the corners of rectangles expose a hash of (row + column).
     """
     scores = [z(u[:, :-lag], u[:, lag:]) for lag in range(1, 65)] + [z(u[:-lag], u[lag:]) for lag in range(1, 65)]
     scores += [z(u[:, : -2 * i], u[:, i:-i], u[:, 2 * i :]) for i in range(1, 9)]
@@ -185,7 +185,7 @@ def dependence(u):
     for i in (1, 2, 7, 64):
         for j in (1, 2, 7, 64):
             scores.append(z(u[:-i, :-j], u[:-i, j:], u[i:, :-j], u[i:, j:]))
-    # rows against each other at every shift: the largest of many, brought back to one standard normal score
+    # rows against each other at every shift: the maximum, converted back to one standard normal score
     rows = u[:64].double()
     spectrum = torch.fft.rfft(rows, 2 * rows.shape[1])
     pairs = torch.triu_indices(64, 64, offset=1)
@@ -217,7 +217,7 @@ def test_steps_embeddings_seeds_and_sequences_are_independent():
 
 
 def test_records_that_share_a_prefix_do_not_share_its_noise():
-    """A system prompt, or the prompt of a chosen and a rejected completion: the hash is of the whole sequence."""
+    """A system prompt, or that of a chosen and a rejected completion: the hash covers the whole sequence."""
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, 1000, (1, 60), generator=generator).expand(64, 60)
     records = torch.cat([prompt, torch.randint(0, 1000, (64, 4), generator=generator)], dim=1)
@@ -230,14 +230,14 @@ def test_records_that_share_a_prefix_do_not_share_its_noise():
 
 
 def test_equal_sequences_of_a_step_have_equal_noise():
-    """What it costs that the noise is a function of the sequence; the docs say so."""
+    """The documented price of noise that is a function of the sequence."""
     words = random_words(sequence_layout(torch.tensor([[5, 6, 7], [5, 6, 7], [7, 6, 5]])), 8, 1)
     assert torch.equal(words[0], words[1])
     assert not torch.equal(words[0], words[2].flip(0))
 
 
 def lagged(n, taps, combine):
-    """The words of a generator that combines its outputs `taps` ago."""
+    """The words of a lagged generator that combines its outputs at distances `taps`."""
     x = torch.randint(0, 2**32, (n,), generator=torch.Generator().manual_seed(0))
     for start in range(max(taps), n, min(taps)):
         end = min(start + min(taps), n)

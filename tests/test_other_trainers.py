@@ -57,7 +57,7 @@ TRAINERS = {
 
 
 class Watch(TrainerCallback):
-    """For each forward pass of an embedding inside a step: had it gradients, and was its output noised?"""
+    """For each forward pass of an embedding inside a step: whether it had gradients, and whether it was noised."""
 
     def __init__(self, *models):
         self.sites = [site.module for model in models for site in find_input_embeddings(model)]

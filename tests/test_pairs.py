@@ -1,4 +1,4 @@
-"""Symmetric pairs: the second pass has the first one's noise with its sign turned, and a step is a batch with both."""
+"""Symmetric pairs: the second pass has the negated noise of the first, and a step equals one batch with both."""
 
 import copy
 import logging
@@ -162,7 +162,7 @@ def test_half_a_pair_is_refused():
 
 
 def test_a_checkpoint_repeats_its_pass_with_its_sign():
-    """Of the whole model: its embedding runs again in backward."""
+    """A checkpoint of the whole model: its embedding is recomputed in backward."""
 
     def gradients(loss_of, inside=True):
         model = tiny_llama(attention_dropout=0.0).train()
@@ -216,11 +216,11 @@ def test_a_compiled_model_has_no_further_graph():
             torch.testing.assert_close(seen[-1], model(**GIVEN).logits.detach())
 
 
-# Trainers: the gradients of each step, against two passes made by hand, and against the doubled batch.
+# Trainers: the gradients of each step, compared with two passes by hand, and with the doubled batch.
 
 
 class Gradients(TrainerCallback):
-    """The gradients that the optimizer gets, each step."""
+    """Records the gradients that the optimizer gets in each step."""
 
     def __init__(self, scale=1.0):
         self.scale, self.seen = scale, []
@@ -264,7 +264,7 @@ class ByHand:
 
 
 class Doubled:
-    """The batch and itself, rows with + and rows with -; twice the items."""
+    """The batch twice, with + rows and - rows; twice the items."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows, is_flat = inputs["input_ids"].shape[0], "attention_mask" not in inputs
@@ -329,7 +329,7 @@ def compare(ours, theirs, rtol=1e-9):
 
 @pytest.mark.parametrize("layout", [{}, {"packing": True, "max_length": 32}])
 def test_trls_gradients_metrics_and_tokens(tmp_path, layout):
-    # Plain descent: Adam would make a step of a rounding error.
+    # SGD, because Adam would turn a rounding error into a step.
     fixed = {"max_grad_norm": 0.0, "bf16": False, "gradient_accumulation_steps": 2, "optim": "sgd"}
     common = COMMON | fixed | layout
     rows, runs = token_dataset(60), []
@@ -377,7 +377,7 @@ def test_preference_trainers_have_both_signs(name, tmp_path, model_folder):
         fields = PAIRS if number == 0 else {}
         cls = [type("Ours", (NEFTuneTrainerMixin, base), {}), reference(ByHand, base), base][number]
         common = COMMON | {"max_steps": 2, "max_grad_norm": 0.0, "disable_dropout": True} | settings
-        torch.manual_seed(0)  # the reward's head is new
+        torch.manual_seed(0)  # the reward head is new
         trainer = cls(
             model=model_class.from_pretrained(model_folder, **({"num_labels": 1} if name == "reward" else {})).double(),
             args=config(str(tmp_path / str(number)), bf16=False, **common),

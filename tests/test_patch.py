@@ -1,4 +1,4 @@
-"""Tools that only pass the key on: the patch, TRL's own command under it, and axolotl's plugin."""
+"""Tools that only pass `neftune_noise_alpha` on: the patch, TRL's command with it, and axolotl's plugin."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def test_the_key_alone_is_ours_and_the_patch_can_be_taken_back(tmp_path, patched
 
 
 def test_a_tool_may_replace_the_list_of_default_callbacks(tmp_path, patched, monkeypatch):
-    """As ms-swift does when it is imported, before or after the patch."""
+    """As ms-swift does on import, before or after the patch."""
     monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [DefaultFlowCallback])
     ours, reference = make(tmp_path, alpha=5), make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
     train(ours)
@@ -82,7 +82,7 @@ def test_trls_own_command(tmp_path, model_folder):
 
 
 def test_axolotls_plugin(tmp_path, monkeypatch):
-    """On axolotl's own base class where it is installed, else on a stand-in with the one method that is used."""
+    """With axolotl's base class if it is installed, else with a stub that has the one method used."""
     try:
         from axolotl.integrations.base import BasePlugin
     except ImportError:

@@ -1,4 +1,4 @@
-"""Every method of the installed PEFT on three kinds of base: one draw per site, on real tokens only."""
+"""Every method of the installed PEFT on three kinds of base model: noise once per site, on real tokens only."""
 
 import dataclasses
 
@@ -127,7 +127,7 @@ def test_a_saved_adapter_loads_in_plain_peft(tmp_path):
 
 
 def step(model, handle, given):
-    """How often each site is drawn in one training forward."""
+    """How often each site is noised in one training forward."""
     before = handle.noised_forwards
     model.train()(**given)
     return {path: count - before[path] for path, count in handle.noised_forwards.items()}
@@ -167,7 +167,7 @@ def test_two_adapters_and_a_mixed_model():
 
 
 def test_a_mixture_of_adapters_is_noised_where_it_learns(tmp_path):
-    """X-LoRA runs the base twice; the first pass, without gradients, only weighs the experts and is clean."""
+    """X-LoRA runs the base twice; the first pass, without gradients, only computes the expert weights and is clean."""
     get_peft_model(tiny_llama(), lora(init_lora_weights=False)).save_pretrained(tmp_path)
     config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"0": str(tmp_path), "1": str(tmp_path)})
     model = get_peft_model(tiny_llama(use_cache=False), config)
@@ -182,7 +182,7 @@ def test_a_mixture_of_adapters_is_noised_where_it_learns(tmp_path):
 
 
 def test_gradients_equal_finite_differences_in_float64():
-    # GPT-2: Llama's norms and rotations compute in float32 whatever the model's dtype.
+    # GPT-2, because Llama's norms and rotary embeddings compute in float32 for any dtype.
     config = shrunken_config("gpt2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
     torch.manual_seed(0)
     base = transformers.GPT2LMHeadModel(config).double()

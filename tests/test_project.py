@@ -1,4 +1,4 @@
-"""What an import loads, the public names, and what README says and links."""
+"""What an import loads, the public names, and README's claims and links."""
 
 import re
 import subprocess

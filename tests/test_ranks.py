@@ -1,4 +1,4 @@
-"""Every way to split a model or a batch over processes, on real ones: the bits of the bare model, or a refusal.
+"""Every way to split a model or batch, on real processes: the bits of the plain model, or an error.
 
 Two processes by default. Four, for meshes of two axes, are marked `slow`.
 """
@@ -25,7 +25,7 @@ OF_FOUR = ("on_a_mesh-tp_size=2 fsdp_size=2", "on_a_mesh-fsdp_size=2 dp_replicat
 
 
 def torchrun(processes: int, *arguments: str, restarts: int = 0, timeout: int = 300, **environment: str) -> None:
-    """These modules' main in `processes` processes on this machine."""
+    """Run these modules' main in `processes` processes on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += ["--max-restarts", str(restarts)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment

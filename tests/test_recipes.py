@@ -1,4 +1,4 @@
-"""Every config and script on a tiny model and records with their sets' columns; the card; the hub."""
+"""Every config and script on a tiny model and synthetic records; the model card; the hub."""
 
 import runpy
 import subprocess
@@ -26,7 +26,7 @@ SMALL = {
 
 
 def options(folder: Path, model_folder: str, dataset: str) -> list[str]:
-    """A run's options: small, on a few made-up records with the columns of the set `dataset`."""
+    """Options for a small run on a few synthetic records with the columns of the data set `dataset`."""
     small = SMALL | {"model_name_or_path": model_folder, "output_dir": str(folder)}
     small["dataset_name"] = write(folder / "set.json", records(dataset))
     return [word for key, value in small.items() for word in (f"--{key}", str(value))]
@@ -106,7 +106,7 @@ def test_the_card_and_an_adapter_that_needs_nothing_of_ours(tmp_path, model_fold
 
 
 class Hub:
-    """Stands for the hub's client: keeps what it is asked, and the card that is there then."""
+    """A stub of the hub's client that records calls, and the model card at that time."""
 
     def __init__(self):
         self.asked, self.card = [], None

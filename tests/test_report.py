@@ -1,4 +1,4 @@
-"""What the report says of runs whose truth is known."""
+"""The report on simulated runs whose true effects are known."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from neftune_hf.report import summarise, write_report
 
 
 def runs(effects, seeds=3, records=60, length=1.0, noise=0.02):
-    """Made-up runs: per-record losses with an effect of each setting, and completions `length` times as long."""
+    """Simulated runs: per-record losses with an effect of each setting, and completions `length` times as long."""
     rng = np.random.default_rng(0)
     difficulty = rng.lognormal(0.5, 0.3, records)
     made = []
@@ -76,6 +76,6 @@ def test_one_seed_is_reported_and_said_to_be_one(tmp_path):
     assert said.count("\n") == 2
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["verdict"][0] in page
-    assert "prompt 0 &lt;b&gt;" in page  # what a model or a file says is text, not markup
+    assert "prompt 0 &lt;b&gt;" in page  # text from a model or file is escaped
     assert "prompt 0 <b>" not in page
     assert "prompt 0" not in json.dumps(results)

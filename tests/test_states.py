@@ -1,4 +1,4 @@
-"""Random sequences of what can happen to one model, with what must always hold checked after each step."""
+"""Random sequences of operations on one model, with invariants checked after each."""
 
 import copy
 import pickle
@@ -38,7 +38,7 @@ def embedded(model):
 
 
 def noise(model):
-    """The noise in a training forward: what is not there in evaluation."""
+    """The noise in a training forward: its difference from evaluation."""
     noisy, clean = embedded(model.train()), embedded(model.eval())
     return noisy - clean
 

@@ -1,4 +1,4 @@
-"""The step of a custom loop: it advances with the optimizer of the model, and proof of noise comes with it."""
+"""The step in a custom loop: it advances with the model's optimizer, which also checks that there was noise."""
 
 import gc
 import weakref
@@ -133,7 +133,7 @@ def test_an_embedding_replaced_in_mid_run_is_noticed_at_the_next_step():
 
 
 class Distilled(torch.nn.Module):
-    """A student, and inside the module a teacher that runs without gradients."""
+    """A student, and inside it a teacher that runs without gradients."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,6 @@
-"""The tools that docs/tools.md names, each in an environment of its own: two steps on a CPU by the tool's own command.
+"""The tools in docs/tools.md, each in its own environment: two steps on CPU with the tool's own command.
 
-`scripts/tools.sh` sets NEFTUNE_HF_TOOLS to a folder that keeps the environments, of about 5 GB in all.
+`scripts/tools.sh` sets NEFTUNE_HF_TOOLS to a folder for the environments, about 5 GB in total.
 """
 
 import json
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not UV, reason="uv, of the extra `dev`, is not installed"),
 ]
 
-# Run when each of the command's processes starts: keeps what the token embedding returned, and what the layers got.
+# Runs when each of the command's processes starts; records the token embedding's output and the layers' input.
 PROBE = """
 import itertools, os, torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -158,12 +158,12 @@ TOOLS = [
         {"train.py": UNSLOTH},
     ),
 ]  # fmt: skip
-# Not of use to a text model, and PyPI's builds load only beside the CUDA build of torch.
+# Not needed for a text model, and PyPI's builds load only with the CUDA build of torch.
 LEFT_OUT = ("torchvision", "torchaudio", "xformers")
 
 
 def environment(tool: Tool) -> Path:
-    """The folder with the commands of a tool's environment, which is made once."""
+    """The folder with the commands of a tool's environment, which is created once."""
     folder = Path(CACHE).resolve() / tool.name
     wanted, made = "\n".join(["torch==2.13.0", *tool.packages]), folder / "made"
     if not made.exists() or made.read_text() != wanted:
@@ -180,7 +180,7 @@ def environment(tool: Tool) -> Path:
         ):
             subprocess.run([UV, *command], check=True, env=variables)
         for site_packages in folder.glob("lib/python*/site-packages"):
-            (site_packages / "torchaudio.py").touch()  # LLaMA-Factory imports it at its top
+            (site_packages / "torchaudio.py").touch()  # LLaMA-Factory imports it at module level
         made.write_text(wanted)
     return folder / "bin"
 

@@ -1,4 +1,4 @@
-"""What trackers write to disk of a run with a bare `NEFTuneCallback`: alpha and the measured ratio of every step."""
+"""What trackers write to disk for a run with only a `NEFTuneCallback`: alpha and the measured ratio of every step."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def trackio(folder):
 
 
 def wandb(folder):
-    """The run's log is of protobuf messages, in which each key is followed by its value as JSON."""
+    """The run's log consists of protobuf messages, in which each key is followed by its value as JSON."""
     log = next(folder.glob("wandb/*/*.wandb")).read_bytes()
     return {
         key: [float(value) for value in re.findall(rb"train/%s\x82\x01.(-?[\d.]+)" % key.encode(), log, re.DOTALL)]
@@ -53,7 +53,7 @@ def run(folder, tracker):
     ids=lambda read: read.__name__,
 )
 def test_trackers_are_given_alpha_and_the_ratio(read, tmp_path):
-    """In a process of its own: trackers read their settings when they are imported, and finish when it ends."""
+    """In a separate process, because trackers read their settings on import and finish at exit."""
     settings = {"TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline"}
     result = subprocess.run(
         [sys.executable, "-c", f"from tests.test_trackers import run; run({str(tmp_path)!r}, {read.__name__!r})"],

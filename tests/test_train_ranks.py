@@ -25,7 +25,7 @@ def train(folder, processes: int, setup: str = "ddp", phase: str = "run", **opti
     "setup", ["fsdp1", "fsdp2", pytest.param("cp", marks=pytest.mark.slow), "zero2", "zero3", "sp"]
 )
 def test_a_run_in_two_processes(tmp_path, setup):
-    """What is checked is in train_ranks: every record's noise is that of the record alone."""
+    """train_ranks checks that every record's noise is that of the record alone."""
     if setup in ("zero2", "zero3", "sp"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: ZeRO and Ulysses are not tested")
     assert list(train(tmp_path, 2, setup, DS_ACCELERATOR="cpu")["records"]) == list(range(6))
@@ -47,7 +47,7 @@ def test_a_run_resumed_in_another_number_of_processes_has_the_same_noise(tmp_pat
 
 @pytest.mark.slow
 def test_a_killed_process_and_a_restart_from_the_last_checkpoint(tmp_path):
-    """`torchrun --max-restarts`; on gloo its processes need a store of their own."""
+    """`torchrun --max-restarts`; on gloo its processes need a separate store."""
     whole = train(tmp_path / "whole", 2)
     options = {"restarts": 1, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     killed = train(tmp_path / "killed", 2, phase="die", **options)
@@ -59,7 +59,7 @@ def test_a_killed_process_and_a_restart_from_the_last_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_of_ray(tmp_path):
-    """As under torchrun, to the last bit."""
+    """Bit-identical to torchrun."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: Ray Train is not tested")
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

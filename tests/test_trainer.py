@@ -1,4 +1,4 @@
-"""NEFTune in a Trainer's life: the callback, the mixin, TRL's trainer, and what faults leave behind."""
+"""NEFTune in a Trainer: the callback, the mixin, TRL's trainer, and the state after exceptions."""
 
 import itertools
 import logging
@@ -37,7 +37,7 @@ def test_off_is_bit_identical_dropout_included(tmp_path, alpha):
 
 
 def test_noise_of_a_run_can_be_computed_again(tmp_path):
-    """Every forward call of a run with gradient accumulation, from its ids, the seed and the step."""
+    """Recompute the noise of every forward in a run with gradient accumulation from its ids, the seed and the step."""
     model = tiny_llama()
     trainer = make(
         tmp_path, model=model, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)], gradient_accumulation_steps=2
@@ -276,7 +276,7 @@ def test_after_a_fault_the_model_is_clean_and_the_next_run_is_right(tmp_path, wh
 
 
 class Reporter(TrainerCallback):
-    """As `report_to`'s: it comes before the callbacks that a user gives."""
+    """Like the reporters in `report_to`, it comes before the user's callbacks."""
 
     def __init__(self):
         self.logs = []
@@ -371,7 +371,7 @@ def test_unknown_keywords_still_raise(tmp_path):
 
 def test_one_liner(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # TRL's default is bfloat16, which its config refuses where there is no GPU
+    # TRL's default is bf16, which its config refuses without a GPU
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     trainer = NEFTuneSFTTrainer(model_folder, train_dataset=token_dataset(), neftune_noise_alpha=5)
     assert trainer.neftune_callback.fields == {"neftune_noise_alpha": 5}

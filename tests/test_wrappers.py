@@ -1,4 +1,4 @@
-"""The same noise and the same gradients inside every wrapper that training puts around a model."""
+"""The same noise and the same gradients inside every training wrapper."""
 
 import warnings
 
@@ -66,7 +66,7 @@ WRAPPERS = {
 
 
 def run(model, adapted_too):
-    """Logits and the gradients of the parameters that are trained, by name, with noise on."""
+    """Logits and the gradients of the trainable parameters, by name, with noise on."""
     torch.manual_seed(0)
     ids = torch.randint(3, VOCAB, (2, 6))
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])

@@ -1,4 +1,4 @@
-"""Run by test_train_ranks under torchrun or Ray: the Trainer in a set-up of accelerate's, every record's noise checked.
+"""Run by test_train_ranks under torchrun or Ray: the Trainer in an accelerate setup, checking every record's noise.
 
 python -m tests.train_ranks SETUP FOLDER [resume | die]
 """
@@ -29,7 +29,7 @@ STEPS = 6
 
 
 class NEFTuneTrainer(NEFTuneTrainerMixin, Trainer):
-    """Kills its process in the midst of the fourth step, once."""
+    """Kills its process during the fourth step, once."""
 
     grave: Path | None = None
 
@@ -59,7 +59,7 @@ def settings_of(setup: str) -> dict:
             handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
             settings["parallelism_config"] = ParallelismConfig(sp_size=2, sp_handler=handler)
         return settings
-    # Each process makes the same weights; FSDP1 would broadcast them on a device.
+    # Each process creates the same weights; FSDP1 would broadcast them on a device.
     fsdp = {"version": 1 if setup == "fsdp1" else 2, "sync_module_states": False}
     settings = {"use_cpu": False, "fsdp": True, "fsdp_config": fsdp, "bf16": False}
     if setup == "cp":
@@ -70,7 +70,7 @@ def settings_of(setup: str) -> dict:
 
 
 class Watch:
-    """Ids, clean and noised embeddings of each training pass, where no process has the whole table."""
+    """Ids, clean and noised embeddings of each training pass, also if no process has the full embedding weight."""
 
     def __init__(self, model):
         self.seen, self.embedding = [], model.get_input_embeddings()
@@ -86,7 +86,7 @@ class Watch:
 
 
 def pad_evenly(rows):
-    """As DeepSpeed needs it on gloo: with positions, and all of one width, which the number of processes divides."""
+    """Collate as DeepSpeed needs it on gloo: with positions, and one width that the number of processes divides."""
     batch = pad(rows)
     missing = 18 - batch["input_ids"].shape[1]
     for name, value in (("input_ids", 2), ("labels", -100), ("attention_mask", 0)):
@@ -96,7 +96,7 @@ def pad_evenly(rows):
 
 
 def put_together(seen):
-    """The passes of a split sequence, put together: contiguous parts, or head and tail."""
+    """Reassemble the passes of a split sequence: contiguous parts, or head and tail."""
     parts = [None, None]
     distributed.all_gather_object(parts, seen)
     for passes in zip(*parts, strict=True):
@@ -109,7 +109,7 @@ def put_together(seen):
 
 
 def check_noise(seen, first_step: int) -> dict:
-    """Every record's noise is what it would be alone. Returns the records of each step."""
+    """Assert that every record's noise is what it would be alone. Returns the records of each step."""
     records = {}
     for number, (ids, noised, clean) in enumerate(seen):
         step = first_step + number
@@ -138,7 +138,7 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
     settings |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "alpha": 5}
     rows = {"cp": 4, "sp": 1}.get(setup, 4 // world)  # one for Ulysses, whose slices of more do not view on a CPU
     settings |= {"per_device_train_batch_size": rows}
-    if setup not in ("ddp", "fsdp2"):  # FSDP1 crashes where it gathers a checkpoint from CPUs
+    if setup not in ("ddp", "fsdp2"):  # FSDP1 crashes when it gathers a checkpoint on CPUs
         settings |= {"save_strategy": "no"}
     trainer = make(folder / "run", NEFTuneTrainer, model=model, **settings)
     if setup == "sp":

@@ -1,4 +1,4 @@
-"""Started by `accelerate launch` in test_distributed: one process of a data-parallel run. Prints nothing; saves."""
+"""Started by `accelerate launch` in test_distributed: one process of a data-parallel run, which saves its results."""
 
 import contextlib
 import os

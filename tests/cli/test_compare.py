@@ -1,4 +1,4 @@
-"""`neftune-hf compare` on a tiny model: runs are pairs, are not run twice, and are reported as they came out."""
+"""`neftune-hf compare` on a tiny model: runs are pairs, are not repeated, and are reported correctly."""
 
 import inspect
 import json
@@ -70,7 +70,7 @@ def test_a_large_alpha_is_seen_and_told(compared):
 
 
 def test_runs_are_pairs(compared, tmp_path):
-    """Alpha 0 as the second run of another grid is the same to the last digit, and a seed is another run."""
+    """Alpha 0 as the second run of another grid gives identical results; another seed does not."""
     run = {n: json.loads((compared[1] / "runs" / f"alpha-0_seed-{n}.json").read_text()) for n in (0, 1)}
     assert compare(compared, "--vary", "neftune_noise_alpha=1,0", "--seeds", "0", "--output_dir", str(tmp_path)) == 0
     again = json.loads((tmp_path / "runs" / "alpha-0_seed-0.json").read_text())
@@ -158,7 +158,7 @@ def test_bad_input_is_refused_before_any_training(config, tmp_path, capsys, word
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(compared, tmp_path):
-    """Half the batch on each: the same runs, up to the order in which gradients are summed."""
+    """Half the batch on each process: the same runs, up to the order in which gradients are summed."""
     file, _ = compared
     words = ["--config", str(file), "--records", "4", "--max_new_tokens", "4", "--output_dir", str(tmp_path)]
     model = tmp_path / "without_dropout"  # which is drawn by each process for its rows

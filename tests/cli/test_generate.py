@@ -1,4 +1,4 @@
-"""Completions of files of prompts: formats, batches, going on after a cut, and files that are not overwritten."""
+"""Completions of prompt files: formats, batches, resuming, and files that are not overwritten."""
 
 import json
 
@@ -30,7 +30,7 @@ def run(model, prompts, output, *more):
 
 
 def last_line(capsys) -> str:
-    """The error: before it there may be progress bars."""
+    """The error message, which progress bars may precede."""
     return capsys.readouterr().err.splitlines()[-1]
 
 
@@ -43,7 +43,7 @@ def test_a_batch_is_completed_as_each_prompt_alone(chat):
 
 
 class EndsAtOnce(torch.nn.Module):
-    """Logits that are highest at the end of sequence, and next to it at a token that overtakes it once penalised."""
+    """Logits with EOS first, and second a token that overtakes EOS once the repetition penalty applies to it."""
 
     def forward(self, hidden):
         logits = torch.zeros(*hidden.shape[:-1], VOCAB)
@@ -141,7 +141,7 @@ def test_the_file_of_prompts_is_no_output(prompts, model_folder, capsys):
 
 
 def test_completions_of_another_model_are_not_mixed_in(prompts, tmp_path, model_folder, capsys):
-    """Two checkpoints whose folders have one name, in two runs."""
+    """Two checkpoints in folders with the same name, from two runs."""
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "checkpoint-1").symlink_to(model_folder)

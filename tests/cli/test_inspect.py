@@ -1,4 +1,4 @@
-"""What `neftune-hf inspect` says of a model, held against values computed by hand."""
+"""The output of `neftune-hf inspect`, compared with values computed by hand."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_a_plain_model():
     ("gemma3_text", {}, 1.0),
 ])  # fmt: skip
 def test_multipliers_inside_and_after_the_module(model_type, settings, multiplier):
-    """Gemma 3 scales by sqrt(d) inside its module, so its output is that much larger; Granite scales after it."""
+    """Gemma 3 scales by sqrt(d) inside the embedding module, so its output is larger; Granite scales after it."""
     model = transformers.AutoModelForCausalLM.from_config(shrunken_config(model_type, **settings))
     (report,) = inspect_model(model, length=512)
     inside = math.sqrt(32) if model_type == "gemma3_text" else 1.0

@@ -1,4 +1,4 @@
-"""The command itself: quick help, versions, one line for what is missing, and a layout that nothing leans on."""
+"""The command itself: fast help, versions, one-line errors for missing extras, and imports."""
 
 import importlib.metadata
 import subprocess
@@ -19,7 +19,7 @@ def python(code: str) -> subprocess.CompletedProcess:
 
 
 def test_help_loads_nothing_heavy():
-    """`--help` answers at once, because neither torch nor what stands on it is imported."""
+    """`--help` is fast, because it imports neither torch nor anything that depends on it."""
     result = python(
         "import sys\nfrom neftune_hf.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"

@@ -72,7 +72,7 @@ def test_a_sitecustomize_of_the_users_own_runs_too(run, tmp_path):
 
 
 def test_an_environment_without_this_library_is_an_error(run, tmp_path):
-    """The command's Python may be another one than that of `neftune-hf`."""
+    """The command may use a different Python than `neftune-hf`."""
     (tmp_path / "transformers").mkdir()
     for name in ("__init__", "trainer"):
         (tmp_path / "transformers" / f"{name}.py").touch()

@@ -1,4 +1,4 @@
-"""`neftune-hf sft`: the same run as in Python, its summary, what it loads, and errors in one line."""
+"""`neftune-hf sft`: the same run as in Python, its summary, its data, and one-line errors."""
 
 import math
 import re
@@ -24,7 +24,7 @@ RECORDS = records("tatsu-lab/alpaca", count=4)
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The trainers that the command made."""
+    """Collects the trainers that the command creates."""
     trainers = []
     train = Trainer.train
 
@@ -93,7 +93,7 @@ def test_the_summary_tells_losses_and_completions(adapter, config, runs, tmp_pat
 @pytest.mark.parametrize("logging_steps", [1, 100])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, config, runs, capsys):
-    """It is what the training logs say, also of a stream, whose length nobody knows, and of a run without a log."""
+    """It matches the training logs, also for a stream of unknown length and for a run without logs."""
     path = config(dataset_streaming=streaming, logging_steps=logging_steps, logging_first_step=False)
     assert main(["sft", "--config", path]) == 0
     ((ratio, db),) = RATIO.findall(capsys.readouterr().out)
@@ -187,7 +187,7 @@ def test_bf16_without_a_gpu_is_refused_before_trl_is_imported(changes, options, 
 
 @pytest.mark.parametrize("form", ["--config quickstart", "--config=quickstart"])
 def test_a_recipe_by_its_name(form):
-    """From any folder: the file, and the data set that comes with it unless another is named."""
+    """Works from any folder, and uses the recipe's data set unless another is named."""
     folder = ROOT / "configs"
     named = ["--config", str(folder / "quickstart.yaml")]
     assert recipes.with_files(form.split()) == [*named, "--dataset_name", str(folder / "quickstart")]
@@ -199,7 +199,7 @@ def test_a_recipe_by_its_name(form):
 
 @pytest.mark.slow
 def test_what_is_printed_is_for_the_user(config):
-    """No warning that nobody can act on, and no line that begins behind a progress bar."""
+    """No warning that a user cannot act on, and no line that starts after a progress bar."""
     result = subprocess.run(
         [sys.executable, "-m", "neftune_hf", "sft", "--config", config(disable_tqdm=False)],
         capture_output=True, text=True, cwd=ROOT,
@@ -211,7 +211,7 @@ def test_what_is_printed_is_for_the_user(config):
 
 
 def test_a_mixture(config, runs, tmp_path):
-    """Two sets of other columns, a part of each, and a test split, as TRL's `datasets` key has them."""
+    """Parts of two data sets with different columns, and a test split, in TRL's `datasets` key."""
     parts = [
         {"path": "json", "data_files": write(tmp_path / f"{number}.json", records(name, count=16)), "fraction": share}
         for number, (name, share) in enumerate([("tatsu-lab/alpaca", 0.75), ("Open-Orca/OpenOrca", 0.25)])
@@ -246,7 +246,7 @@ def test_a_configuration_of_a_dataset(config, runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_text_column_of_another_name(streaming, config, runs, tmp_path):
-    """What the user names goes before the columns of an instruction set, and has loss on all of it."""
+    """A column that the user names takes precedence over an instruction set's columns, with loss on all of it."""
     rows = write(tmp_path / "text.jsonl", [row | {"body": "A body."} for row in RECORDS])
     assert (
         main(["sft", "--config", config(dataset_name=rows, dataset_text_field="body", dataset_streaming=streaming)])
@@ -266,7 +266,7 @@ def test_without_noise_the_summary_and_the_card_say_so(config, tmp_path, capsys)
 
 
 def test_records_that_are_not_truncated_are_kept(config, runs):
-    """A prompt of `max_length` tokens is of use where TRL keeps the end of a record."""
+    """A prompt of `max_length` tokens is usable if TRL keeps the end of a record."""
     short = {"max_length": 16, "truncation_mode": "keep_end"}
     assert main(["sft", "--config", config(**short)]) == 0
     assert len(runs[0].train_dataset) == 16
