@@ -20,7 +20,7 @@ def main():
     name = script_args.dataset_name
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     # {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}: each turn from gpt is a
-    # completion, with the turns before it as the prompt. Records that the chat template rejects are dropped and counted.
+    # completion, with the turns before it as the prompt. Records that the template rejects are dropped and counted.
     data = load_instructions(name)[script_args.dataset_train_split]
     data = to_prompt_completion(data, name, has_chat_template=True)
     data = keep_usable(data, name, tokenizer, training_args.max_length)
