@@ -48,7 +48,8 @@ def names(tmp_path, monkeypatch) -> dict:
         byte_tokenizer().save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).train()
     # TRL's configs default to bf16, which transformers accepts only on a GPU.
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    for module in ("transformers.utils", "transformers.training_args"):
+        monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
     dataset = token_dataset(rows=4, shortest=8, longest=8)
     ids = dataset.with_format("torch")["input_ids"][:]
     args = TrainingArguments(use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2)
@@ -92,7 +93,7 @@ def test_command(example, names, capsys):
 
 def check_command(name: str, words: list[str], capsys) -> None:
     if name == "sft":
-        sft._parse(words, sft._check_files(words))
+        sft.parse_arguments(words, sft.check_files(words))
         return
     assert name in cli._COMMANDS
     with pytest.raises(SystemExit, match="0"):

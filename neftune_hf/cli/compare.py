@@ -11,18 +11,18 @@ from typing import Any
 
 from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError
 from . import recipes
-from .generate import _prompt, _read_prompts, _turns, complete_tokens
+from .generate import complete_tokens, format_prompt, read_prompts, turns_of
 from .sft import (
-    _check,
-    _check_files,
-    _data,
-    _launched,
-    _leave_processes,
-    _noise_to_embedding_db,
-    _parse,
-    _silence,
-    _tokenizer,
-    _trainer,
+    check_arguments,
+    check_files,
+    launched,
+    leave_processes,
+    load_splits,
+    load_tokenizer,
+    make_trainer,
+    mean_noise_to_embedding_db,
+    parse_arguments,
+    silence,
 )
 
 _POINTS = 4  # how often a run measures its losses without noise
@@ -88,13 +88,14 @@ def run(argv: Sequence[str]) -> None:
             raise NEFTuneConfigError(f"`--{name}` is {value}; it must be at least {least}.")
     cells = [(setting, seed) for setting in _settings(own) for seed in own.seeds]
     rest = recipes.with_files(rest)
-    in_file = _check_files(rest)
-    _silence()
-    *given, launch = _parse(rest, in_file)
-    parsed = [_parse(_words(rest, *cell), in_file)[:-1] for cell in cells]  # validate all runs before training any
-    if _launched("compare", launch, argv):
+    in_file = check_files(rest)
+    silence()
+    *given, launch = parse_arguments(rest, in_file)
+    # validate all runs before training any
+    parsed = [parse_arguments(_words(rest, *cell), in_file)[:-1] for cell in cells]
+    if launched("compare", launch, argv):
         return
-    _check(*given)
+    check_arguments(*given)
     script_args, training_args, _, mixture = given
     if script_args.dataset_streaming or mixture.streaming:
         raise NEFTuneConfigError("`compare` reads the records more than once, so they cannot be streamed.")
@@ -148,7 +149,7 @@ class _Grid:
         self.own, self.cells, self.parsed, self.evaluates = own, cells, parsed, evaluates
         _, training_args, model_args, _ = parsed[0]
         self.folder = Path(training_args.output_dir)
-        self.tokenizer = _tokenizer(model_args, training_args)
+        self.tokenizer = load_tokenizer(model_args, training_args)
 
     def run(self) -> None:
         import datasets
@@ -181,14 +182,17 @@ class _Grid:
                 state.wait_for_everyone()
         if state.is_main_process:
             runs = [json.loads(self.file(number).read_text(encoding="utf-8")) for number in range(len(self.cells))]
+            varied = [field for field in runs[0]["setting"] if len({str(run["setting"][field]) for run in runs}) > 1]
+            for run in runs:
+                run["name"] = _name({field: run["setting"][field] for field in varied})
             print(write_report(self.folder, runs, self.own.judge))
-        _leave_processes()
+        leave_processes()
 
     def load(self) -> None:
         """Load the training set, the records to measure on, and the prompts to complete."""
         script_args, training_args, _, mixture = self.parsed[0]
         wanted = [script_args.dataset_train_split, *([script_args.dataset_test_split] if self.evaluates else [])]
-        train, *tests = _data(script_args, training_args, mixture, self.tokenizer, wanted)
+        train, *tests = load_splits(script_args, training_args, mixture, self.tokenizer, wanted)
         for _, args, _, _ in self.parsed:
             args.dataset_text_field = training_args.dataset_text_field
         count = self.own.records
@@ -212,7 +216,8 @@ class _Grid:
             if "prompt" in data.column_names:
                 self.asked[name] = [{"prompt": r["prompt"], "reference": r["completion"]} for r in data]
         if self.own.prompts:
-            prompts = [_prompt(_turns(record)[:1], [], self.tokenizer) for record in _read_prompts(self.own.prompts)]
+            firsts = [turns_of(record)[:1] for record in read_prompts(self.own.prompts)]
+            prompts = [format_prompt(turns, [], self.tokenizer) for turns in firsts]
             self.asked["prompts"] = [{"prompt": prompt, "reference": None} for prompt in prompts]
 
     def name(self, number: int) -> str:
@@ -260,7 +265,7 @@ class _Grid:
         _, training_args, model_args, _ = self.parsed[number]
         settings = self.settings(number)  # before the trainer modifies the arguments
         set_seed(seed)  # for the initial adapter, which TRL seeds itself only from 1.16 on
-        trainer: Any = _trainer(training_args, model_args, self.tokenizer, self.train_set, self.measured)
+        trainer: Any = make_trainer(training_args, model_args, self.tokenizer, self.train_set, self.measured)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise NEFTuneError(
                 "`accelerate_config` shards the model over processes, but `compare` measures losses and completions on "
@@ -306,7 +311,7 @@ class _Grid:
             "epochs": trainer.state.epoch,
             "train_records": len(self.train_set),
             "mean_length": sum(lengths) / len(lengths),
-            "noise_to_embedding_db": _noise_to_embedding_db(trainer),
+            "noise_to_embedding_db": mean_noise_to_embedding_db(trainer),
             "curve": curve,
             "losses": losses,
             "asked": self.asked,

@@ -54,7 +54,7 @@ def complete_file(
         raise DatasetError(f"`--prompts`: there is no file {prompts}.")
     if any(file.exists() and Path(prompts).exists() and file.samefile(prompts) for file in (target, lines)):
         raise DatasetError(f"`--output` is {output}, the file of `--prompts`. Name another file.")
-    records = _read_prompts(prompts)
+    records = read_prompts(prompts)
     if lines != target and target.exists():
         try:
             finished = json.loads(target.read_bytes())
@@ -171,7 +171,7 @@ def complete_tokens(
     return [row[: next((n for n, id in enumerate(row, 1) if id in ends), None)] for row in completions]
 
 
-def _read_prompts(prompts: str) -> list[dict[str, Any]]:
+def read_prompts(prompts: str) -> list[dict[str, Any]]:
     """The records of a file of prompts, each with `instruction` or `turns`."""
     from ..data import load_instructions
 
@@ -190,7 +190,7 @@ def _read_prompts(prompts: str) -> list[dict[str, Any]]:
                 f"`--prompts` {prompts}: record {number} has the columns {', '.join(record)}; it needs `instruction` "
                 "or `turns`."
             )
-        turns = _turns(record)
+        turns = turns_of(record)
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             column = "instruction" if record.get("turns") is None and "instruction" in record else "turns"
             raise DatasetError(
@@ -199,7 +199,7 @@ def _read_prompts(prompts: str) -> list[dict[str, Any]]:
     return records
 
 
-def _turns(record: dict[str, Any]) -> list[Any]:
+def turns_of(record: dict[str, Any]) -> list[Any]:
     """The user's turns, in order."""
     from ..data import prompt_text
 
@@ -211,10 +211,10 @@ def _turns(record: dict[str, Any]) -> list[Any]:
 def _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penalty) -> Iterator[dict[str, Any]]:
     """The batch's records with their completions: as `output` for an instruction, as `choices` for turns."""
     said: list[list[str]] = [[] for _ in batch]
-    turns = [_turns(record) for record in batch]
+    turns = [turns_of(record) for record in batch]
     for turn in range(max(map(len, turns))):
         rows = [row for row in range(len(batch)) if turn < len(turns[row])]
-        prompts = [_prompt(turns[row][: turn + 1], said[row], tokenizer) for row in rows]
+        prompts = [format_prompt(turns[row][: turn + 1], said[row], tokenizer) for row in rows]
         completions = complete(network, tokenizer, prompts, max_new_tokens, repetition_penalty)
         for row, completion in zip(rows, completions, strict=True):
             said[row].append(completion)
@@ -231,7 +231,7 @@ def _given(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in set_here}
 
 
-def _prompt(turns: list[str], completions: list[str], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+def format_prompt(turns: list[str], completions: list[str], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
     from ..data import plain_prompt
 
     if not tokenizer.chat_template:

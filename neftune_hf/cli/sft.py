@@ -34,23 +34,23 @@ def run(argv: Sequence[str]) -> None:
     set as an option or in the YAML file.
     """
     argv = recipes.with_files(argv)
-    settings = _check_files(argv)
-    _silence()
-    script_args, training_args, model_args, mixture, launch = _parse(argv, settings)
-    if _launched("sft", launch, argv):
+    settings = check_files(argv)
+    silence()
+    script_args, training_args, model_args, mixture, launch = parse_arguments(argv, settings)
+    if launched("sft", launch, argv):
         return
-    _check(script_args, training_args, model_args, mixture)
+    check_arguments(script_args, training_args, model_args, mixture)
 
-    tokenizer = _tokenizer(model_args, training_args)
+    tokenizer = load_tokenizer(model_args, training_args)
     if training_args.process_index != 0:  # all processes read the same data; one logs about it
         logging.getLogger("neftune_hf").setLevel(logging.ERROR)
     wanted = [script_args.dataset_train_split]
     if training_args.eval_strategy != "no":
         wanted.append(script_args.dataset_test_split)
     with training_args.main_process_first():
-        train, *tests = _data(script_args, training_args, mixture, tokenizer, wanted)
+        train, *tests = load_splits(script_args, training_args, mixture, tokenizer, wanted)
     test = tests[0] if tests else None
-    trainer = _trainer(training_args, model_args, tokenizer, train, test)
+    trainer = make_trainer(training_args, model_args, tokenizer, train, test)
     example = next(iter(test)) if test is not None else None
     before = _completion(example, trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -65,10 +65,10 @@ def run(argv: Sequence[str]) -> None:
         print(summary(trainer, example, before, after))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
-    _leave_processes()
+    leave_processes()
 
 
-def _leave_processes() -> None:
+def leave_processes() -> None:
     """End a multi-process run. On gloo, exit the process here, because torch can hang when it frees gloo groups."""
     import torch.distributed as dist
 
@@ -98,7 +98,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
         config = run.config
         noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"
         noise += ", symmetric pairs" if config.neftune_symmetric else ""
-        if (db := _noise_to_embedding_db(trainer)) is not None:
+        if (db := mean_noise_to_embedding_db(trainer)) is not None:
             noise += f": {10 ** (db / 20):.3f} of the embeddings' RMS ({db:+.1f} dB), "
             noise += "measured on a sample of the training tokens"
         lines.append(f"  noise          {noise}")
@@ -124,7 +124,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
     return "\n".join(lines)
 
 
-def _noise_to_embedding_db(trainer: "NEFTuneSFTTrainer") -> float | None:
+def mean_noise_to_embedding_db(trainer: "NEFTuneSFTTrainer") -> float | None:
     """A run's noise-to-embedding ratio, averaged as power over its logs; without logs, as measured at its end."""
     history, run = trainer.state.log_history, trainer.neftune_callback.run
     logged = [10 ** (entry[_RATIO] / 10) for entry in history if _RATIO in entry]
@@ -168,7 +168,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_processes", type=int, metavar="N", help="number of processes to launch with accelerate")
 
 
-def _silence() -> None:
+def silence() -> None:
     """Suppress warnings of other libraries that a user of the command cannot act on."""
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # about a kernel used only for 4 bits
@@ -179,7 +179,7 @@ def _refuse(message: str) -> NoReturn:
     raise NEFTuneConfigError(re.sub(r"^argument (--\w+)\S*:", r"`\1`:", message))
 
 
-def _check_files(argv: Sequence[str]) -> dict[str, Any]:
+def check_files(argv: Sequence[str]) -> dict[str, Any]:
     """Refuse missing or malformed files, and bf16 without a GPU, before importing TRL, which takes seconds.
 
     Returns:
@@ -236,7 +236,7 @@ def _check_text(name: str) -> None:
         raise DatasetError(f"`dataset_name`: {name} is not {kind}.")
 
 
-def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
+def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
     """Parse a YAML file and options with TRL's parser. The error for an unknown name suggests the closest known one."""
     try:
         from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -246,7 +246,7 @@ def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
         parser = argparse.ArgumentParser(
             prog="neftune-hf sft",
             description=run.__doc__,
-            epilog='The fields are listed here once TRL is installed: pip install "neftune_hf[trl]".',
+            epilog='With TRL installed, every field is listed: pip install "neftune_hf[trl]"',
         )
         _add_options(parser)
         parser.parse_known_args(argv)  # answers --help
@@ -282,7 +282,7 @@ def _parse(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
         raise NEFTuneConfigError(message) from error
 
 
-def _launched(command: str, launch: argparse.Namespace, argv: Sequence[str]) -> bool:
+def launched(command: str, launch: argparse.Namespace, argv: Sequence[str]) -> bool:
     """Run the same command with `accelerate launch`, as `trl sft` does, if asked to; returns whether it did."""
     if launch.num_processes is not None and launch.num_processes < 1:
         raise NEFTuneConfigError(f"`num_processes` is {launch.num_processes}; it must be at least 1.")
@@ -305,7 +305,7 @@ def _launched(command: str, launch: argparse.Namespace, argv: Sequence[str]) -> 
     return True
 
 
-def _check(
+def check_arguments(
     script_args: "ScriptArguments",
     training_args: "NEFTuneSFTConfig",
     model_args: "ModelConfig",
@@ -342,7 +342,7 @@ def _check(
             ) from error
 
 
-def _tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> "PreTrainedTokenizerBase":
+def load_tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     name = model_args.model_name_or_path
@@ -356,7 +356,7 @@ def _tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> 
         ) from error
 
 
-def _trainer(
+def make_trainer(
     training_args: "NEFTuneSFTConfig",
     model_args: "ModelConfig",
     tokenizer: "PreTrainedTokenizerBase",
@@ -388,7 +388,7 @@ def _trainer(
     )
 
 
-def _data(
+def load_splits(
     script_args: "ScriptArguments",
     training_args: "NEFTuneSFTConfig",
     mixture: "DatasetMixtureConfig",

@@ -95,7 +95,7 @@ def test_finished_runs_are_kept_and_others_are_trained(compared, capsys):
 def test_runs_of_other_settings_are_not_taken_for_these(compared, capsys):
     assert compare(compared, "--learning_rate", "0.02", "--seeds", "0") == 2
     error = capsys.readouterr().err
-    assert re.search(r"`learning_rate` 0\.01, and it is 0\.02 now", error)
+    assert re.search(r"`learning_rate` 0\.01, but it is 0\.02 now", error)
 
 
 def test_the_page_stands_alone_and_has_all_of_it(compared):
@@ -111,7 +111,7 @@ def test_the_page_stands_alone_and_has_all_of_it(compared):
 
 def test_records_are_held_out_where_there_is_no_test_split(config, tmp_path, capsys):
     arguments = ["--eval_strategy", "no", "--output_dir", str(tmp_path), "--seeds", "0", "--max_new_tokens", "0"]
-    assert compare(config, *arguments, "--vary", "neftune_length=tokens,width", "--neftune_noise_alpha", "5") == 0
+    assert compare(config, *arguments, "--vary", "neftune_length=tokens,width", "--alphas", "5") == 0
     results = results_of(tmp_path)
     assert results["train_records"] == 20
     assert [setting["name"] for setting in results["settings"]] == ["length tokens", "length width"]

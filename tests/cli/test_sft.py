@@ -180,7 +180,7 @@ def test_files_are_refused_before_anything_heavy_is_imported(text, message, tmp_
     ],
 )
 def test_bf16_without_a_gpu_is_refused_before_trl_is_imported(changes, options, config, monkeypatch, capsys):
-    monkeypatch.setattr("neftune_hf.cli.sft._parse", None)
+    monkeypatch.setattr("neftune_hf.cli.sft.parse_arguments", None)
     assert main(["sft", "--config", config(**changes), *options]) == 2
     assert "`bf16` is true, but this machine has no GPU with bfloat16" in capsys.readouterr().err
 
