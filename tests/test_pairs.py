@@ -545,7 +545,7 @@ def test_a_fault_in_the_second_pass_leaves_nothing_behind(tmp_path):
 
 
 def test_a_callback_alone_is_refused_and_the_mixin_takes_it(tmp_path, caplog):
-    refusal = r"`neftune_symmetric` is True, and a callback cannot .*NEFTuneTrainerMixin"
+    refusal = r"`neftune_symmetric` is True, but a callback cannot .*NEFTuneTrainerMixin"
     model = tiny_llama()
     with pytest.raises(NEFTuneError, match=refusal):
         train(make(tmp_path, model=model, callbacks=[NEFTuneCallback(**PAIRS)]))
