@@ -35,7 +35,7 @@ def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields) -> "
         model (`torch.nn.Module`): As for [`find_input_embeddings`].
         config ([`NEFTuneConfig`], *optional*): The settings; `fields` override it.
         **fields: The settings by name, such as `neftune_noise_alpha=5`. Without a `neftune_seed`, the seed is the
-            number of handles that are attached already.
+            first of 0, 1, ... that no attached handle has.
 
     Returns:
         [`NEFTuneHandle`]: A context manager; leaving it, or `remove()`, removes the noise.
@@ -63,7 +63,8 @@ def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields) -> "
         raise NEFTuneError(f"`config` is {config!r}. Write `attach(model, neftune_noise_alpha={config!r})`.")
     config = NEFTuneConfig(**fields) if config is None else replace(config, **fields)
     if config.neftune_seed is None:
-        config = replace(config, neftune_seed=len(_attached))
+        used = {handle.config.neftune_seed for handle in _attached}
+        config = replace(config, neftune_seed=next(seed for seed in itertools.count() if seed not in used))
     handle = NEFTuneHandle(model, config)
     handle.attach()
     return handle

@@ -80,6 +80,16 @@ def test_width_is_the_built_ins_scale():
     assert (noise[0, 8:] != 0).any()
 
 
+def test_handles_without_a_seed_that_are_attached_together_have_different_seeds():
+    first, second, third, last = (attach(tiny_llama(), neftune_noise_alpha=5) for _ in range(4))
+    second.remove()
+    fifth = attach(tiny_llama(), neftune_noise_alpha=5)
+    handles = [first, third, last, fifth]
+    assert len({handle.config.neftune_seed for handle in handles}) == 4
+    for handle in handles:
+        handle.remove()
+
+
 def test_steps_seeds_and_sequences_differ_and_steps_repeat():
     model, ids = tiny_llama().train(), torch.tensor([[3, 4, 5], [3, 4, 6]])
 
