@@ -170,11 +170,22 @@ def test_the_same_ids_with_two_masks():
         def forward(self, ids):
             return checkpoint(call, ids, use_reentrant=False)
 
-    with attach(model, neftune_noise_alpha=5):
+    with attach(model, neftune_noise_alpha=5) as handle:
         model.model.embed_tokens = Checkpointed()
         loss = sum(model(input_ids=IDS, attention_mask=mask, labels=IDS).loss for mask in masks)
         with pytest.raises(NEFTuneError, match="not known"):
             loss.backward()
+        model.zero_grad()
+        handle.set_step(1)  # with one mask it is known, however often the ids are passed
+        sum(model(input_ids=IDS, attention_mask=masks[0], labels=IDS).loss for _ in masks).backward()
+    checkpointed = {name: p.grad for name, p in model.named_parameters()}
+    plain = model_of()
+    with attach(plain, neftune_noise_alpha=5) as handle:
+        handle.set_step(1)
+        sum(plain(input_ids=IDS, attention_mask=masks[0], labels=IDS).loss for _ in masks).backward()
+    for name, parameter in plain.named_parameters():
+        if "embed_tokens" not in name:  # whose module is replaced above
+            assert torch.equal(checkpointed[name], parameter.grad)
 
 
 @pytest.mark.slow

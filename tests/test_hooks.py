@@ -80,6 +80,18 @@ def test_width_is_the_built_ins_scale():
     assert (noise[0, 8:] != 0).any()
 
 
+def test_every_step_and_sign_has_its_own_mark():
+    """By which a checkpoint detects that it repeats a pass with other noise."""
+    handle, marks = attach(tiny_llama(), neftune_noise_alpha=5), set()
+    (embedding,) = handle._state.embeddings
+    for step in range(1000):
+        handle.set_step(step)
+        for embedding.negated in (False, True):
+            marks.add(embedding.mark)
+    handle.remove()
+    assert len(marks) == 2000
+
+
 def test_handles_without_a_seed_that_are_attached_together_have_different_seeds():
     first, second, third, last = (attach(tiny_llama(), neftune_noise_alpha=5) for _ in range(4))
     second.remove()

@@ -71,17 +71,26 @@ def test_positions_alone_and_bounds_alone(name):
     assert sequence_lengths(lengths.shape, cu_seq_lens_q=bounds).tolist() == lengths.tolist()
 
 
+def test_bounds_and_mask():
+    bounds, mask = torch.tensor([0, 2, 5]), torch.tensor([[1, 1, 0, 1, 1, 0, 0]])  # padding inside and at the end
+    found = sequence_lengths((1, 7), cu_seq_lens_q=bounds, attention_mask=mask)
+    assert found.tolist() == [[2, 2, 0, 2, 2, 0, 0]]
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("additive", [True, False])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_square_mask(name, causal, additive):
-    lengths, mask, _ = build(LAYOUTS[name])
+def test_square_mask(name, causal, additive, with_positions):
+    lengths, mask, positions = build(LAYOUTS[name])
     documents = torch.tensor([[i for i, n in enumerate(row) for _ in range(n or 1)] for row in LAYOUTS[name]])
     kept = (documents[:, :, None] == documents[:, None, :]) & mask[:, None, :].bool()
     if causal:
         kept = kept.tril()
     square = torch.zeros(kept.shape).masked_fill(~kept, torch.finfo(torch.float32).min) if additive else kept
-    assert sequence_lengths(lengths.shape, attention_mask=square[:, None]).tolist() == lengths.tolist()
+    positions = positions if with_positions else None
+    found = sequence_lengths(lengths.shape, attention_mask=square[:, None], position_ids=positions)
+    assert found.tolist() == lengths.tolist()
 
 
 def test_positions_of_one_row_serve_the_batch():
@@ -115,6 +124,26 @@ def test_ids_that_are_not_batch_by_length(shape, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert lengths_of_call(given, torch.zeros(shape, dtype=torch.int64)).tolist() == expected
+
+
+def test_positions_of_ids_with_a_further_dimension():
+    given = {"position_ids": torch.tensor([[0, 1, 0], [0, 1, 2]])}
+    assert lengths_of_call(given, torch.zeros(1, 2, 3, dtype=torch.int64)).tolist() == [[[2, 2, 1], [3, 3, 3]]]
+
+
+def test_a_time_major_batch_of_more_rows_than_columns():
+    given = {"attention_mask": torch.tensor([[1, 0], [1, 1], [1, 1]])}
+    assert lengths_of_call(given, torch.zeros(2, 3, dtype=torch.int64)).tolist() == [[1, 2, 2], [0, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [(None, [[2, 2, 0, 0]]), (torch.tensor([[1, 1, 1, 0]]), [[3, 3, 3, 0]])],
+)
+def test_labels_end_a_decoders_sequence_unless_there_is_a_mask(mask, expected):
+    ids, labels = torch.tensor([[1, 5, 6, 7]]), torch.tensor([[5, 6, -100, -100]])
+    given = {"labels": labels} if mask is None else {"labels": labels, "attention_mask": mask}
+    assert lengths_of_call(given, ids, pad_token_id=0, is_decoder=True).tolist() == expected
 
 
 def test_a_square_batch_that_is_time_major_is_known_by_its_ids():
@@ -183,7 +212,14 @@ def test_a_second_lookup_of_another_width_has_its_own_padding():
     """Chosen and rejected ids in one module: the mask has another shape, so padding is found by the pad token."""
     given = {"input_ids": torch.ones(2, 6), "attention_mask": torch.ones(2, 6)}
     other = torch.tensor([[5, 6, 0, 0], [7, 8, 9, 0]])
-    assert lengths_of_call(given, other, pad_token_id=0).tolist() == [[2, 2, 0, 0], [3, 3, 3, 0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lengths_of_call(given, other, pad_token_id=0).tolist() == [[2, 2, 0, 0], [3, 3, 3, 0]]
+        found = lengths_of_call(given, other, pad_token_id=0, placeholders=(9,))
+        assert found.tolist() == [[2, 2, 0, 0], [2, 2, 0, 0]]
+        positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
+        found = lengths_of_call({"input_ids": torch.ones(2, 6), "position_ids": positions}, other)
+        assert found.tolist() == [[2, 2, 2, 2], [4, 4, 4, 4]]
     padding = torch.zeros(2, 3, dtype=torch.int64)  # as LED pads to its window
     assert not lengths_of_call(given, padding, pad_token_id=0).any()
 
