@@ -146,6 +146,11 @@ def test_labels_end_a_decoders_sequence_unless_there_is_a_mask(mask, expected):
     assert lengths_of_call(given, ids, pad_token_id=0, is_decoder=True).tolist() == expected
 
 
+def test_a_decoders_padding_id_may_be_larger_than_the_others():
+    ids = torch.tensor([[9, 5, 6, 9, 9]])  # shifted right: 9 also begins it
+    assert lengths_of_call({}, ids, pad_token_id=9, is_decoder=True).tolist() == [[2, 2, 0, 0, 0]]
+
+
 def test_a_square_batch_that_is_time_major_is_known_by_its_ids():
     ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])
     given = {"attention_mask": mask, "input_ids": ids}
