@@ -80,6 +80,31 @@ def test_width_is_the_built_ins_scale():
     assert (noise[0, 8:] != 0).any()
 
 
+@pytest.mark.filterwarnings("ignore::neftune_hf.errors.NEFTuneWarning")
+@pytest.mark.parametrize(
+    ("ids", "is_noised"),
+    [
+        (torch.tensor(3), False),
+        (torch.tensor([3]), False),
+        (torch.tensor([3, 3, 3, 3, 3]), False),
+        (torch.tensor([3, 4, 5, 6, 7, 8]), True),  # the batch, flattened
+        (torch.tensor([[3, 4, 5, 6]]), True),  # another input, such as a rejected completion
+    ],
+)
+def test_ids_that_a_model_embeds_besides_its_batch(ids, is_noised):
+    """A multimodal model embeds ids such as the line break of an image by themselves: they are not a sequence."""
+
+    class Multimodal(type(tiny_llama())):
+        def forward(self, input_ids, attention_mask, **kwargs):
+            self.found = self.model.embed_tokens(ids)
+            return super().forward(input_ids, attention_mask, **kwargs)
+
+    model = Multimodal(tiny_llama().config).train()
+    with attach(model, neftune_noise_alpha=5):
+        model(torch.ones(2, 3, dtype=torch.int64), attention_mask=torch.ones(2, 3))
+    assert torch.equal(model.found, model.model.embed_tokens.weight[ids]) != is_noised
+
+
 def test_every_step_and_sign_has_its_own_mark():
     """By which a checkpoint detects that it repeats a pass with other noise."""
     handle, marks = attach(tiny_llama(), neftune_noise_alpha=5), set()
