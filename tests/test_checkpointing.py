@@ -144,9 +144,11 @@ def test_two_passes_over_one_batch_and_a_graph_that_is_kept():
     assert_equal(gradients(model_of(), run), gradients(model_of(), lambda model: run(model, checkpointed=False)))
 
 
-def test_the_same_ids_with_two_masks():
+@pytest.mark.filterwarnings("ignore::neftune_hf.errors.NEFTuneWarning")  # without a mask
+@pytest.mark.parametrize("other", [torch.ones_like(IDS), None])
+def test_the_same_ids_with_two_masks(other):
     """Around the model each pass has its own mask; around the embedding alone the mask is unknown."""
-    masks = [GIVEN["attention_mask"], torch.ones_like(IDS)]
+    masks = [GIVEN["attention_mask"], other]
 
     def run(model, checkpointed=True):
         losses = []

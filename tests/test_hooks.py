@@ -105,6 +105,13 @@ def test_ids_that_a_model_embeds_besides_its_batch(ids, is_noised):
     assert torch.equal(model.found, model.model.embed_tokens.weight[ids]) != is_noised
 
 
+def test_no_ids_are_no_noised_pass():
+    model = tiny_llama().train()
+    with attach(model, neftune_noise_alpha=5) as handle:
+        assert model.model.embed_tokens(torch.zeros(1, 0, dtype=torch.int64)).shape == (1, 0, D)
+        assert set(handle.noised_forwards.values()) == {0}
+
+
 def test_every_step_and_sign_has_its_own_mark():
     """By which a checkpoint detects that it repeats a pass with other noise."""
     handle, marks = attach(tiny_llama(), neftune_noise_alpha=5), set()

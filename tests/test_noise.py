@@ -272,5 +272,6 @@ def test_schedule(schedule):
         assert set(values) == {10.0}
     else:
         assert values == sorted(values, reverse=True)
+        assert values[25] == pytest.approx(7.5 if schedule == "linear" else 5 + 5 * 0.5**0.5)
         assert values[50] == pytest.approx(5.0)
         assert values[100] == pytest.approx(0.0)

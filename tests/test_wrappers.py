@@ -65,7 +65,7 @@ WRAPPERS = {
 }
 
 
-def run(model, adapted_too):
+def run(model):
     """Logits and the gradients of the trainable parameters, by name, with noise on."""
     torch.manual_seed(0)
     ids = torch.randint(3, VOCAB, (2, 6))
@@ -87,8 +87,8 @@ def test_noise_is_that_of_the_bare_model(wrapper):
         model = wrap(model)
     if adapted in steps:
         bare = adapted(bare)
-    logits, gradients = run(model.train(), adapted in steps)
-    expected, expected_gradients = run(bare.train(), adapted in steps)
+    logits, gradients = run(model.train())
+    expected, expected_gradients = run(bare.train())
     torch.testing.assert_close(logits, expected)
     assert len(gradients) == len(expected_gradients) > 0
     for gradient, other in zip(gradients, expected_gradients, strict=True):

@@ -323,7 +323,8 @@ def check_arguments(
             "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."
         )
     if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps <= 0:
-        raise NEFTuneConfigError("A stream has no length: set `max_steps`, or `dataset_streaming: false`.")
+        name = "streaming" if mixture.streaming else "dataset_streaming"
+        raise NEFTuneConfigError(f"A stream has no length: set `max_steps`, or `{name}: false`.")
     if mixture.streaming and mixture.test_split_size is not None:
         raise NEFTuneConfigError("`test_split_size` needs the length of the data: set `streaming: false`.")
     if model_args.use_peft:
