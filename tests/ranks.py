@@ -364,7 +364,7 @@ def split_calls_that_are_refused(kind):
     model, inputs, message = EmbedsCall().train(), split_call("right", 8), r"ids of shape \(8,\)"
     if kind == "virtual tokens":
         inputs["attention_mask"] = torch.ones(2, 11)
-        message = "`attention_mask` is 11 wide under context parallelism"
+        message = "`attention_mask` has width 11 under context parallelism"
     elif kind == "a decoder":
         torch.manual_seed(0)
         config = T5Config(
