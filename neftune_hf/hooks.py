@@ -142,14 +142,14 @@ class RecordedForward:
 
     def __call__(self, *args, **kwargs):
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        place = _thread(), self.number
-        self.state.running[place] = {name: given[name] for name in _RECORDED if given.get(name) is not None}
+        key = _thread(), self.number
+        self.state.running[key] = {name: given[name] for name in _RECORDED if given.get(name) is not None}
         if self.module.training and torch.is_grad_enabled():
             self.state.ran = True
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
-            self.state.running.pop(place, None)
+            self.state.running.pop(key, None)
 
     def __deepcopy__(self, memo):
         return copy.deepcopy(self.replaced or types.MethodType(type(self.module).forward, self.module), memo)

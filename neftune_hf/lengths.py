@@ -147,8 +147,8 @@ def _layout_of_whole(call: CallArguments) -> SequenceLayout:
         last = torch.where(call.labels != call.ignored_label, column, -1).amax(dim=1, keepdim=True)
         is_padding = is_padding | (column > last)
     if call.cu_seqlens is not None:
-        place = torch.arange(batch * width, device=ids.device).view(batch, width)
-        document = torch.searchsorted(call.cu_seqlens.to(place), place, right=True)
+        index = torch.arange(batch * width, device=ids.device).view(batch, width)
+        document = torch.searchsorted(call.cu_seqlens.to(index), index, right=True)
         is_padding = is_padding | (document == len(call.cu_seqlens))  # after the last document
 
     # Compare each position with the previous one in its row that is not padding. Image positions are included, because

@@ -294,13 +294,13 @@ def draw(runs: list[dict[str, Any]], results: dict[str, Any]) -> dict[str, tuple
     if overlap := [key for key in by_key if key.startswith(("rouge", "bleu"))]:
         figure, axes = _axes(1)
         for number, name in enumerate(names):
-            for place, key in enumerate(overlap):
+            for x, key in enumerate(overlap):
                 interval = by_key[key]["values"][name]
                 bars = [[interval.estimate - interval.low], [interval.high - interval.estimate]]
-                label = name if place == 0 else None
+                label = name if x == 0 else None
                 look = {"color": style[name]["color"], "marker": style[name]["marker"]}
                 axes.errorbar(
-                    place + 0.12 * number, interval.estimate, yerr=bars, capsize=3, linestyle="", label=label, **look
+                    x + 0.12 * number, interval.estimate, yerr=bars, capsize=3, linestyle="", label=label, **look
                 )
         labels = [by_key[key]["title"].replace(" with ", "\n").replace(" references", "") for key in overlap]
         axes.set(xticks=np.arange(len(overlap)) + 0.06 * (len(names) - 1), xticklabels=labels, ylabel="0 to 1")

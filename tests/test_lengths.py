@@ -142,12 +142,12 @@ def test_a_time_major_batch_of_more_rows_than_columns():
 )
 def test_labels_end_a_decoders_sequence_unless_there_is_a_mask(mask, expected):
     ids, labels = torch.tensor([[1, 5, 6, 7]]), torch.tensor([[5, 6, -100, -100]])
-    given = {"labels": labels} if mask is None else {"labels": labels, "attention_mask": mask}
+    given = {"labels": labels, "attention_mask": mask}
     assert lengths_of_call(given, ids, pad_token_id=0, is_decoder=True).tolist() == expected
 
 
 def test_a_decoders_padding_id_may_be_larger_than_the_others():
-    ids = torch.tensor([[9, 5, 6, 9, 9]])  # shifted right: 9 also begins it
+    ids = torch.tensor([[9, 5, 6, 9, 9]])  # shifted right; the start token is the padding id too
     assert lengths_of_call({}, ids, pad_token_id=9, is_decoder=True).tolist() == [[2, 2, 0, 0, 0]]
 
 

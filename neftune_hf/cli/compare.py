@@ -234,8 +234,8 @@ class _Grid:
             for field in dataclasses.fields(group):
                 if field.init and (value := getattr(group, field.name)) != field.default and value is not None:
                     found[field.name] = str(value)
-        for place in ("output_dir", "logging_dir", "run_name", "hub_token", "report_to", "model_init_kwargs"):
-            found.pop(place, None)
+        for name in ("output_dir", "logging_dir", "run_name", "hub_token", "report_to", "model_init_kwargs"):
+            found.pop(name, None)
         return found
 
     def is_done(self, number: int) -> bool:

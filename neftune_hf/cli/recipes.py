@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import NEFTuneConfigError
 
-# The folder's place in the wheel, and in a clone.
+# The folder's location in the wheel, and in a clone.
 FOLDER = next(
     (
         folder
@@ -30,13 +30,13 @@ def with_files(argv: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in argv:
         words += word.split("=", 1) if word.startswith("--config=") else [word]
-    for place in [number for number, word in enumerate(words) if words[number - 1 : number] == ["--config"]]:
-        name = words[place]
+    for index in [number for number, word in enumerate(words) if words[number - 1 : number] == ["--config"]]:
+        name = words[index]
         if Path(name).exists() or name.endswith((".yaml", ".yml")):
             continue
         if name not in names():
             raise NEFTuneConfigError(f"`config`: there is no file and no recipe {name}. Recipes: {', '.join(names())}.")
-        words[place] = str(FOLDER / f"{name}.yaml")
+        words[index] = str(FOLDER / f"{name}.yaml")
         if (FOLDER / name).is_dir() and not any(
             word.startswith(("--dataset_name", "--dataset-name")) for word in words
         ):

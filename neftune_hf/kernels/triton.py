@@ -36,13 +36,13 @@ def _larger(a, b):
 
 
 @triton.jit
-def _document(cu_seqlens, place, n_cu_seqlens, STEPS: tl.constexpr):
-    """The number of entries of `cu_seqlens` that are at most `place`, by bisection."""
-    low = tl.zeros_like(place)
+def _document(cu_seqlens, index, n_cu_seqlens, STEPS: tl.constexpr):
+    """The number of entries of `cu_seqlens` that are at most `index`, by bisection."""
+    low = tl.zeros_like(index)
     high = low + n_cu_seqlens
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
-        below = tl.load(cu_seqlens + middle, mask=(middle < n_cu_seqlens) & (low < high), other=0).to(tl.int64) <= place
+        below = tl.load(cu_seqlens + middle, mask=(middle < n_cu_seqlens) & (low < high), other=0).to(tl.int64) <= index
         inner = low < high
         low = tl.where(inner & below, middle + 1, low)
         high = tl.where(inner & ~below, middle, high)
@@ -124,11 +124,11 @@ def _lay_out(
         name = tl.maximum(tl.associative_scan(tl.where(begins, column, 0), 0, _larger), first)
         earlier = tl.cumsum(real.to(tl.int64), 0) - real.to(tl.int64) + count
         at_first = tl.maximum(tl.associative_scan(tl.where(begins, earlier, 0), 0, _larger), count_at_first)
-        place = earlier - at_first
-        tl.store(position + row * width + column, place, mask=column < width)
+        token_position = earlier - at_first
+        tl.store(position + row * width + column, token_position, mask=column < width)
         tl.store(sequence + row * width + column, tl.where(real, row * width + name, -1), mask=column < width)
         token = tl.load(ids + row * width + column, mask=real, other=0).to(tl.int64)
-        hashed = _mix64(token + (place << 32) + -0x61C8864680B583EB)
+        hashed = _mix64(token + (token_position << 32) + -0x61C8864680B583EB)
         tl.atomic_add(totals + row * width + name, tl.full((BLOCK,), 1, tl.int64), mask=real, sem="relaxed")
         tl.atomic_add(totals + size + row * width + name, hashed, mask=real, sem="relaxed")
         seen = tl.maximum(seen, tl.max(tl.where(kept, column, -1), 0))
@@ -148,8 +148,8 @@ def _add_noise(
     real = name >= 0
     length = tl.load(totals + name, mask=real, other=0)
     sequence_key = _mix64(tl.load(totals + size + name, mask=real, other=0) ^ tl.load(key))
-    place = tl.load(position + token, mask=real, other=0)
-    words = _mix64(sequence_key + (place + 1) * -0x61C8864680B583EB)
+    token_position = tl.load(position + token, mask=real, other=0)
+    words = _mix64(sequence_key + (token_position + 1) * -0x61C8864680B583EB)
     first, second = words.to(tl.int32), (words >> 32).to(tl.int32)
     channels = _mix32_high(channel, 0)
     channels ^= (channels >> 16) & 0xFFFF

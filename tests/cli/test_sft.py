@@ -121,7 +121,12 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"bf16": None, "use_cpu": False}, [], ["`bf16` is true, which is TRL's default", "Set `bf16: false`"]),
         ({"push_to_hub": True}, [], ["`push_to_hub` is true", "`hf auth login`"]),
         ({"model_name_or_path": "no/where"}, [], ["`model_name_or_path` is no/where"]),
-        ({"dataset_streaming": True, "max_steps": -1}, [], ["`max_steps`"]),
+        ({"dataset_streaming": True, "max_steps": -1}, [], ["`max_steps`, or `dataset_streaming: false`"]),
+        (
+            {"datasets": [{"path": "json"}], "streaming": True, "max_steps": -1},
+            [],
+            ["`max_steps`, or `streaming: false`"],
+        ),
         ({"max_steps": "many"}, [], ["`--max_steps`: invalid int value: 'many'"]),
         ({"datasets": [{"path": "json", "file": "x"}]}, [], ["unexpected keyword argument 'file'"]),
         ({"datasets": [{"path": "no/where"}]}, [], ["`datasets`: no/where cannot be read"]),
