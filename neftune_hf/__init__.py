@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .embeddings import EmbeddingSite, find_input_embeddings
     from .errors import NEFTuneError
     from .handle import NEFTuneHandle, attach
-    from .lengths import sequence_lengths
-    from .noise import add_noise
+    from .layout import sequence_layout, sequence_lengths
+    from .noise import add_noise, noise_key
     from .patch import patch_transformers
     from .sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
     from .trainer import NEFTuneTrainerMixin
@@ -30,8 +30,10 @@ _MODULES = {
     "add_noise": "noise",
     "attach": "handle",
     "find_input_embeddings": "embeddings",
+    "noise_key": "noise",
     "patch_transformers": "patch",
-    "sequence_lengths": "lengths",
+    "sequence_layout": "layout",
+    "sequence_lengths": "layout",
 }
 
 __all__ = [
@@ -46,7 +48,9 @@ __all__ = [
     "add_noise",
     "attach",
     "find_input_embeddings",
+    "noise_key",
     "patch_transformers",
+    "sequence_layout",
     "sequence_lengths",
 ]
 

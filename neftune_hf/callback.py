@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from .config import NEFTuneConfig, merge
+from .distributed import summed_over_ranks
 from .errors import NEFTuneError
 from .handle import NEFTuneHandle, attached_handle, decibels
-from .mesh import summed_over_ranks
 
 logger = logging.getLogger(__name__)
 in_every_trainer: list[type[TrainerCallback]] = []  # added to each Trainer, ahead of the reporters in `report_to`
@@ -28,13 +28,13 @@ class NEFTuneRun(NamedTuple):
         config: The settings, merged with the trainer's.
         embeddings: Descriptions of the embeddings, by path.
         noised_forwards: Noised forward passes of each embedding, by path.
-        noise_to_embedding_db: The ratio since the last log; None if there was no pass.
+        snr_db: Signal-to-noise ratio since the last log; None if there was no pass.
     """
 
     config: NEFTuneConfig
     embeddings: dict[str, str]
     noised_forwards: dict[str, int]
-    noise_to_embedding_db: float | None
+    snr_db: float | None
 
 
 class NEFTuneCallback(TrainerCallback):
@@ -50,8 +50,8 @@ class NEFTuneCallback(TrainerCallback):
     An exception inside a step leaves the hooks on until a Trainer next runs the model, with or without NEFTune, or
     until [`detach`] is called; [`NEFTuneTrainerMixin`] calls it for you.
 
-    Each training log gets `neftune/alpha` and `neftune/noise_to_embedding_db`: 10 * log10 of the power of the noise
-    over that of the embeddings, measured on a sample of the real tokens since the last log.
+    Each training log gets `neftune/alpha` and `neftune/snr_db`, the signal-to-noise ratio: 10 * log10 of the power of
+    the embeddings over that of the noise, measured on a sample of the real tokens since the last log.
 
     Args:
         **fields: The fields of [`NEFTuneConfig`].
@@ -173,14 +173,14 @@ class NEFTuneCallback(TrainerCallback):
 
     def _warn_if_loud(self) -> None:
         """Warn after the first step: the ratio depends on the sequence lengths, so it is not known earlier."""
-        if self.handle is not None and (ratio := self.handle.noise_to_embedding_db or 0.0) > 0:
+        if self.handle is not None and (snr := self.handle.snr_db or 0.0) < 0:
             logger.warning(
                 "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step had %.3g times the RMS of the "
-                "embeddings (%+.1f dB): it is larger than what it is added to. Lower alpha; the paper used 5, 10 and "
-                "15. `neftune-hf inspect MODEL` prints the ratio before a run.",
+                "embeddings (SNR %+.1f dB): it is larger than what it is added to. Lower alpha; the paper used 5, 10 "
+                "and 15. `neftune-hf inspect MODEL` prints the ratio before a run.",
                 self.handle.config.neftune_noise_alpha,
-                10 ** (ratio / 20),
-                ratio,
+                10 ** (-snr / 20),
+                snr,
             )
 
     def write_metrics(self, logs: dict[str, float], state) -> None:
@@ -188,9 +188,9 @@ class NEFTuneCallback(TrainerCallback):
         if self.handle is None or not self.handle.sites or "loss" not in logs or "neftune/alpha" in logs:
             return
         logs["neftune/alpha"] = self.handle.alpha
-        ratio = self.handle.noise_to_embedding_db if self._ratio is None else self._ratio
+        ratio = self.handle.snr_db if self._ratio is None else self._ratio
         if ratio is not None:
-            logs["neftune/noise_to_embedding_db"] = ratio
+            logs["neftune/snr_db"] = ratio
         self._ratio = None
         self.handle.reset_power()
         if state.log_history:
@@ -207,7 +207,7 @@ class NEFTuneCallback(TrainerCallback):
         if (handle := self.handle) is None:
             return
         sites = {site.path: str(site) for site in handle.sites}
-        self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards, handle.noise_to_embedding_db)
+        self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards, handle.snr_db)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"handle": None, "on_resolved": _refuse_pairs, "_of_trainer": _none, "_of_model": _none}

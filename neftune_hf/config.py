@@ -10,7 +10,7 @@ from .noise import NOISE_TYPES
 
 CHOICES = {
     "neftune_noise_type": NOISE_TYPES,
-    "neftune_length": ("tokens", "width"),
+    "neftune_length": ("sequence", "padded"),
     "neftune_schedule": ("constant", "linear", "cosine"),
 }
 
@@ -28,9 +28,9 @@ class NEFTuneConfig:
         neftune_noise_type (`str`, defaults to `"uniform"`):
             Distribution of u, each of variance 1/3: `"uniform"` on (-1, 1), `"gaussian"` N(0, 1/3), or `"bernoulli"`
             on +-1/sqrt(3).
-        neftune_length (`str`, defaults to `"tokens"`):
-            `"tokens"`: L is the number of real tokens in each sequence, and padding gets no noise (the paper).
-            `"width"`: L is the padded width and every position gets noise, as in transformers' built-in.
+        neftune_length (`str`, defaults to `"sequence"`):
+            `"sequence"`: L is the number of real tokens in each sequence, and padding gets no noise (the paper).
+            `"padded"`: L is the padded or packed width and every position gets noise, as in transformers' built-in.
         neftune_schedule (`str`, defaults to `"constant"`):
             Alpha over training: `"constant"`, or `"linear"` or `"cosine"` down to 0.
         neftune_seed (`int`, *optional*):
@@ -53,7 +53,7 @@ class NEFTuneConfig:
 
     neftune_noise_alpha: float | None = None
     neftune_noise_type: str = "uniform"
-    neftune_length: str = "tokens"
+    neftune_length: str = "sequence"
     neftune_schedule: str = "constant"
     neftune_seed: int | None = None
     neftune_symmetric: bool = False

@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import NEFTuneConfig
+from .distributed import is_later_stage, split_sequence
 from .embeddings import find_input_embeddings, parents, unwrap
 from .errors import NEFTuneError, NoNoiseError
 from .hooks import ModelState, NoiseHook, RecordedForward, refuse_other_neftune, remove_copied_hooks
-from .mesh import is_later_stage, split_sequence
 from .noise import noise_key, scheduled_alpha
 
 _attached: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()
@@ -189,8 +189,8 @@ class NEFTuneHandle:
         return {embedding.site.path: embedding.total for embedding in self._state.embeddings}
 
     @property
-    def noise_to_embedding_db(self) -> float | None:
-        """10 * log10 of the power of the noise over that of the embeddings, in decibels.
+    def snr_db(self) -> float | None:
+        """Signal-to-noise ratio in decibels: 10 * log10 of the power of the embeddings over that of the noise.
 
         Measured on 32 evenly spaced tokens of each batch of this process since the last reset, without padding; None
         if there were none.
@@ -198,13 +198,13 @@ class NEFTuneHandle:
         return decibels(self.power())
 
     def power(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The summed powers of noise and embeddings behind `noise_to_embedding_db`: float32 of shape (2,)."""
+        """The summed powers of noise and embeddings behind `snr_db`: float32 of shape (2,)."""
         return sum(
             (e.power.to(device) for e in self._state.embeddings), torch.zeros(2, dtype=torch.float32, device=device)
         )
 
     def reset_power(self) -> None:
-        """Reset `noise_to_embedding_db`."""
+        """Reset `snr_db`."""
         for embedding in self._state.embeddings:
             embedding.power.zero_()
 
@@ -287,9 +287,9 @@ class NEFTuneHandle:
 
 
 def decibels(power: torch.Tensor) -> float | None:
-    """10 * log10 of the first element over the second; None if one of them is 0."""
+    """10 * log10 of the embeddings' power, the second element, over the noise's, the first; None if one is 0."""
     noise, embedding = power.tolist()
-    return 10 * math.log10(noise / embedding) if noise and embedding else None
+    return 10 * math.log10(embedding / noise) if noise and embedding else None
 
 
 def attached_handle(model: nn.Module) -> NEFTuneHandle | None:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .distributed import SplitSequence, is_in_context_parallel, own_part, plain_arguments, whole_call
 from .embeddings import EmbeddingSite, forward_names
 from .errors import NEFTuneError
 from .kernels import add_noise_to_call
-from .lengths import LAYOUT_ARGUMENTS, CallArguments, arguments_of_call
-from .mesh import SplitSequence, is_in_context_parallel, own_part, plain_arguments, whole_call
+from .layout import LAYOUT_ARGUMENTS, CallArguments, arguments_of_call
 
 if TYPE_CHECKING:
     from .handle import NEFTuneHandle
@@ -168,7 +168,7 @@ class NoiseHook:
         self.handle, self.state, self.parents = handle, state, parents
         self.embedding = state.embeddings[index]
         self.noise_type = handle.config.neftune_noise_type
-        self.by_width = handle.config.neftune_length == "width"
+        self.by_width = handle.config.neftune_length == "padded"
 
     def __deepcopy__(self, memo):
         return _nothing

@@ -26,7 +26,7 @@ NOISE_TYPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bernoulli": lambda uniform: uniform.sign() * math.sqrt(1 / 3),
 }
 
-MEASURED_TOKENS = 32  # evenly spaced tokens of each batch, used to measure the noise-to-embedding ratio
+MEASURED_TOKENS = 32  # evenly spaced tokens of each batch, used to measure the signal-to-noise ratio
 
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment
@@ -59,7 +59,7 @@ def noise_key(seed: int, step: int = 0, embedding: int = 0) -> int:
     Example:
 
     ```python
-    >>> from neftune_hf.noise import noise_key
+    >>> from neftune_hf import noise_key
     >>> noise_key(42, step=1) == noise_key(42, step=2)
     False
     ```
@@ -204,9 +204,7 @@ def add_noise(
 
     ```python
     >>> import torch
-    >>> from neftune_hf import add_noise
-    >>> from neftune_hf.lengths import sequence_layout
-    >>> from neftune_hf.noise import noise_key
+    >>> from neftune_hf import add_noise, noise_key, sequence_layout
     >>> layout = sequence_layout(torch.tensor([[7, 8, 9, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0]]))
     >>> noise = add_noise(torch.zeros(1, 4, 8), layout, 5.0, noise_key(42, step=1000))
     >>> bool(noise.abs().max() <= 5 / (3 * 8) ** 0.5), noise[0, 3].abs().sum().item()

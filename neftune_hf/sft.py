@@ -26,7 +26,7 @@ class NEFTuneSFTConfig(SFTConfig):
     ```python
     >>> from neftune_hf import NEFTuneSFTConfig
     >>> NEFTuneSFTConfig(output_dir="out", neftune_noise_alpha=5, packing=True).neftune_length
-    'tokens'
+    'sequence'
     ```
     """
 
@@ -34,8 +34,8 @@ class NEFTuneSFTConfig(SFTConfig):
         default="uniform", metadata={"help": "Distribution of the noise: uniform, gaussian or bernoulli."}
     )
     neftune_length: str = field(
-        default="tokens",
-        metadata={"help": "L: tokens, each sequence's real length (the paper); or width, the padded width."},
+        default="sequence",
+        metadata={"help": "L: sequence, each sequence's own length (the paper); or padded, the padded width."},
     )
     neftune_schedule: str = field(
         default="constant", metadata={"help": "Alpha over training: constant, linear or cosine to 0."}
@@ -75,7 +75,7 @@ class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
     def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
         super()._warn_about_neftune(config)
         wrapped = self.args.packing and self.args.packing_strategy == "wrapped"
-        if config.enabled and config.neftune_length == "tokens" and wrapped:
+        if config.enabled and config.neftune_length == "sequence" and wrapped:
             warnings.warn(
                 "`packing_strategy='wrapped'` splits documents and keeps no boundaries, so NEFTune uses each row's "
                 "width as L. Use `packing_strategy='bfd'` for the paper's noise.",

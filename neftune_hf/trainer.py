@@ -170,8 +170,8 @@ def add_to_card(file: Path, run: NEFTuneRun) -> None:
         return
     config = run.config
     lengths = {
-        "tokens": "the real tokens of each sequence, as in the paper",
-        "width": "the width of the padded batch",
+        "sequence": "the real tokens of each sequence, as in the paper",
+        "padded": "the width of the padded batch",
     }[config.neftune_length]
     pairs = (
         "| symmetric pairs | each batch twice, with e + s and e - s ([SymNoise](https://arxiv.org/abs/2312.01523)) |\n"

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from neftune_hf import attach
-from neftune_hf.lengths import arguments_of_call, layout_of_call
+from neftune_hf.layout import arguments_of_call, layout_of_call
 
 SHAPES = [(4, 512, 768), (8, 512, 2048), (4, 2048, 4096), (8, 2048, 4096)]
 COMPILED_SHAPES = [(2, 6), (2, 9), (3, 9), (1, 5), (4, 12), (2, 17), (3, 30)]

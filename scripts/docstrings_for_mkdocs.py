@@ -10,7 +10,7 @@ import griffe
 import neftune_hf
 
 PLACES = {name: f"neftune_hf.{name}" for name in neftune_hf.__all__} | {
-    "sequence_layout": "neftune_hf.lengths.sequence_layout",
+    "sequence_layout": "neftune_hf.layout.sequence_layout",
     "noise_key": "neftune_hf.noise.noise_key",
 }
 

@@ -29,8 +29,8 @@ compare() {
   cp "outputs/evidence/$1/results.json" "docs/evidence/$1.json"
 }
 compare alphas --alphas 0 5 15 --max_new_tokens 128 --prompts outputs/evidence/prompts.json "${@:3}"
-compare packed --alphas 15 --max_new_tokens 0 --vary neftune_length=tokens,width
-compare padded --alphas 15 --max_new_tokens 0 --vary neftune_length=tokens,width --packing false \
+compare packed --alphas 15 --max_new_tokens 0 --vary neftune_length=sequence,padded
+compare padded --alphas 15 --max_new_tokens 0 --vary neftune_length=sequence,padded --packing false \
   --per_device_train_batch_size 8
 compare types --alphas 15 --max_new_tokens 0 --vary neftune_noise_type=uniform,gaussian,bernoulli
 "$python" - <<'PYTHON'
@@ -38,7 +38,7 @@ compare types --alphas 15 --max_new_tokens 0 --vary neftune_noise_type=uniform,g
 import json
 from pathlib import Path
 
-from neftune_hf.report import draw, summarise
+from neftune_hf.compare.report import draw, summarise
 
 page = Path("docs/evidence")
 files = sorted(Path("outputs/evidence/alphas/runs").glob("*.json"))

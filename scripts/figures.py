@@ -57,7 +57,7 @@ def main() -> None:
         print(noise_table())
     else:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        for draw in (noise_by_layout, packed_row, life_of_the_hooks, noise_to_embedding, benchmark):
+        for draw in (noise_by_layout, packed_row, life_of_the_hooks, snr, benchmark):
             save(draw(), arguments.output / f"{draw.__name__}.svg")
 
 
@@ -327,7 +327,7 @@ def life_of_the_hooks():
     return figure
 
 
-def noise_to_embedding():
+def snr():
     """Noise at alpha 5 relative to models' embeddings, in decibels, over L."""
     models = json.loads(MEASURED.read_text())["models"]
     figure, axes = pyplot.subplots(figsize=(4.8, 3.9))
@@ -347,7 +347,7 @@ def noise_to_embedding():
         ),
     ]
     for name, model, multiplier, colour, style, place, align in lines:
-        ratio = [20 * math.log10(noise_rms(ALPHA, n, model["d"]) / (multiplier * model["rms"])) for n in lengths]
+        ratio = [20 * math.log10(multiplier * model["rms"] / noise_rms(ALPHA, n, model["d"])) for n in lengths]
         axes.plot(lengths, ratio, color=colour, linestyle=style, linewidth=2.2)
         axes.text(*place, name, color=colour, weight="bold", ha=align, va="center")
     axes.set_xscale("log", base=2)
@@ -355,7 +355,7 @@ def noise_to_embedding():
     axes.set_xticklabels(["16", "64", "256", "1,024", "4,096"])
     axes.minorticks_off()
     axes.set_xlabel("L, tokens in the sequence")
-    axes.set_ylabel(f"noise over embedding at alpha {ALPHA:g} (dB)")
+    axes.set_ylabel(f"signal-to-noise ratio at alpha {ALPHA:g} (dB)")
     plain(axes, "left", "bottom")
     return figure
 

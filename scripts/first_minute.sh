@@ -20,4 +20,4 @@ python=$folder/venv/bin/python
 "$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$wheel"
 cd "$folder"
 HF_HUB_OFFLINE=1 "$python" -I example.py 2>&1 | tee log
-grep -q "'neftune/noise_to_embedding_db'" log
+grep -q "'neftune/snr_db'" log

@@ -9,7 +9,7 @@ The YAML has the paper's settings; every field is also an option. Copy this file
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer
-from neftune_hf.data import load_instructions
+from neftune_hf.cli.data import load_instructions
 
 
 def to_prompt_completion(record):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer
-from neftune_hf.data import keep_usable, load_instructions, to_prompt_completion
+from neftune_hf.cli.data import keep_usable, load_instructions, to_prompt_completion
 
 
 def main():

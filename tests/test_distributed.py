@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neftune_hf import add_noise
-from neftune_hf.lengths import sequence_layout
+from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import ROOT

@@ -7,7 +7,7 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 
 from neftune_hf import add_noise, attach
-from neftune_hf.lengths import sequence_layout
+from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import VOCAB, tiny_llama

@@ -18,7 +18,7 @@ from trl import DPOTrainer
 
 import neftune_hf
 from neftune_hf import cli
-from neftune_hf.cli import sft
+from neftune_hf.cli import training
 
 from .conftest import ROOT, byte_tokenizer, tiny_llama, token_dataset
 
@@ -93,7 +93,7 @@ def test_command(example, names, capsys):
 
 def check_command(name: str, words: list[str], capsys) -> None:
     if name == "sft":
-        sft.parse_arguments(words, sft.check_files(words))
+        training.parse_arguments(words, training.read_config(words))
         return
     assert name in cli._COMMANDS
     with pytest.raises(SystemExit, match="0"):

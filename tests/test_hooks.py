@@ -71,7 +71,7 @@ def test_width_is_the_built_ins_scale():
     mask = torch.ones_like(ids)
     mask[0, 8:] = 0
     clean = model.model.embed_tokens(ids).detach()
-    with attach(model, neftune_noise_alpha=ALPHA, neftune_length="width"):
+    with attach(model, neftune_noise_alpha=ALPHA, neftune_length="padded"):
         noise = embed(model, input_ids=ids, attention_mask=mask) - clean
     bound = ALPHA / math.sqrt(64 * D)
     for row in noise:
@@ -316,13 +316,13 @@ def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
     mask = torch.ones_like(ids)
     mask[0, 30:] = 0
     with attach(model, neftune_noise_alpha=5, neftune_noise_type=noise_type) as handle:
-        assert handle.noise_to_embedding_db is None
+        assert handle.snr_db is None
         clean = model.model.embed_tokens.weight[ids]
         noise = embed(model, input_ids=ids, attention_mask=mask) - clean
-        ratio = noise.square().sum() / clean[mask.bool()].square().sum()
-        assert handle.noise_to_embedding_db == pytest.approx(10 * math.log10(ratio), abs=0.5)
+        ratio = clean[mask.bool()].square().sum() / noise.square().sum()
+        assert handle.snr_db == pytest.approx(10 * math.log10(ratio), abs=0.5)
         handle.reset_power()
-        assert handle.noise_to_embedding_db is None
+        assert handle.snr_db is None
 
 
 def test_torchs_default_dtype_and_device_are_not_the_noises():
@@ -333,7 +333,7 @@ def test_torchs_default_dtype_and_device_are_not_the_noises():
         with torch.device("meta"):
             handle = attach(model, neftune_noise_alpha=4.9951, neftune_seed=1)
         with handle:
-            return embed(model, **given), handle.noise_to_embedding_db
+            return embed(model, **given), handle.snr_db
 
     expected, ratio = noised()
     torch.set_default_dtype(torch.bfloat16)

@@ -305,7 +305,7 @@ def test_reporters_see_the_metrics_of_a_bare_callback(tmp_path, monkeypatch):
     assert kinds.index(Tracker) < kinds.index(NEFTuneCallback)
     steps = [entry for entry in logged if "loss" in entry]
     assert len(steps) == 4
-    assert all(entry["neftune/alpha"] == 5 and "neftune/noise_to_embedding_db" in entry for entry in steps)
+    assert all(entry["neftune/alpha"] == 5 and "neftune/snr_db" in entry for entry in steps)
 
 
 @pytest.mark.parametrize(("alpha", "is_loud"), [(1e-3, False), (1e9, True)])
@@ -318,7 +318,7 @@ def test_noise_louder_than_the_embeddings_is_said_once_a_run(alpha, is_loud, tmp
         assert len(said) == is_loud
     if is_loud:
         assert "`neftune_noise_alpha` 1e+09" in said[0]
-        assert "times the RMS of the embeddings (+18" in said[0]
+        assert "times the RMS of the embeddings (SNR -18" in said[0]
 
 
 def test_a_log_before_there_is_a_history(tmp_path):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neftune_hf import NEFTuneError, add_noise, kernels
 from neftune_hf.kernels import add_noise_to_call, cpu
 from neftune_hf.kernels import triton as triton_kernels
-from neftune_hf.lengths import CallArguments, arguments_of_call, layout_of_call
+from neftune_hf.layout import CallArguments, arguments_of_call, layout_of_call
 from neftune_hf.noise import NOISE_TYPES, noise_key
 
 from .helpers import CALLS

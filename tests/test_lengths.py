@@ -7,7 +7,7 @@ import torch
 
 from neftune_hf import sequence_lengths
 from neftune_hf.errors import NEFTuneWarning
-from neftune_hf.lengths import arguments_of_call, layout_of_call, sequence_layout
+from neftune_hf.layout import arguments_of_call, layout_of_call, sequence_layout
 
 from .helpers import CALLS, _square, expected_layout
 

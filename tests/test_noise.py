@@ -10,7 +10,7 @@ from scipy import stats
 
 from neftune_hf import add_noise
 from neftune_hf.errors import NEFTuneConfigError
-from neftune_hf.lengths import sequence_layout
+from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key, random_words, scheduled_alpha, unit_noise
 
 M32, M64, GOLDEN = 2**32 - 1, 2**64 - 1, 0x9E3779B97F4A7C15

@@ -33,7 +33,7 @@ from neftune_hf import (
 )
 from neftune_hf.errors import NoNoiseError
 from neftune_hf.kernels import add_noise_to_call, cpu
-from neftune_hf.lengths import layout_of_call, sequence_layout
+from neftune_hf.layout import layout_of_call, sequence_layout
 from neftune_hf.noise import NOISE_TYPES, noise_key
 from neftune_hf.trainer import add_to_card
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from neftune_hf import add_noise
-from neftune_hf.lengths import sequence_layout
+from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import ROOT
@@ -216,7 +216,7 @@ def test_the_noise_is_ours_once_and_in_training_alone(tool, model_folder, tmp_pa
     assert result.stdout.count(start) == 1
     assert result.stdout.count("replaces transformers' built-in") == 1
     assert len(re.findall("'neftune/alpha': '?5", result.stdout)) == 2
-    assert len(re.findall("'neftune/noise_to_embedding_db': ", result.stdout)) == 2
+    assert len(re.findall("'neftune/snr_db': ", result.stdout)) == 2
 
     files = sorted((tmp_path / "passes").iterdir(), key=lambda file: int(file.stem.split("-")[1]))
     passes = [torch.load(file) for file in files]

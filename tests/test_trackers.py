@@ -15,7 +15,7 @@ from neftune_hf import NEFTuneCallback
 from .conftest import ROOT
 from .helpers import make, train
 
-RATIO = "neftune/noise_to_embedding_db"
+RATIO = "neftune/snr_db"
 
 
 def tensorboard(folder):

@@ -19,7 +19,7 @@ from neftune_hf import (
     add_noise,
 )
 from neftune_hf.errors import NEFTuneWarning, NoNoiseError
-from neftune_hf.lengths import sequence_layout
+from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import VOCAB, D, byte_tokenizer, leftovers, tiny_llama, token_dataset
@@ -296,9 +296,9 @@ def test_a_schedule_is_logged_step_by_step(tmp_path, mixin):
     train(trainer)
     for logs in (trainer.state.log_history, reporter.logs):
         assert [entry["neftune/alpha"] for entry in logs if "loss" in entry] == [8, 6, 4, 2]
-        ratios = [entry["neftune/noise_to_embedding_db"] for entry in logs if "loss" in entry]
+        ratios = [entry["neftune/snr_db"] for entry in logs if "loss" in entry]
         assert len(ratios) == 4
-        assert all(5 < ratio < 40 for ratio in ratios)  # the tiny model's embeddings are small
+        assert all(-40 < ratio < -5 for ratio in ratios)  # the tiny model's embeddings are small
         assert not any(key.startswith("neftune/") for entry in logs if "loss" not in entry for key in entry)
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from neftune_hf import NEFTuneTrainerMixin, add_noise
 from neftune_hf import callback as callback_module
 from neftune_hf.handle import decibels
-from neftune_hf.lengths import sequence_layout
+from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
 from .conftest import tiny_llama
@@ -150,7 +150,7 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
     rank = trainer.args.process_index
     records = check_noise(put_together(watch.seen) if setup in ("cp", "sp") else watch.seen, first_step)
     assert len(powers) == STEPS - first_step
-    history = [entry["neftune/noise_to_embedding_db"] for entry in trainer.state.log_history if "loss" in entry]
+    history = [entry["neftune/snr_db"] for entry in trainer.state.log_history if "loss" in entry]
     if distributed.is_initialized():
         gathered = [None] * world
         distributed.all_gather_object(gathered, (powers, history, records))

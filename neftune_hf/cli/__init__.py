@@ -12,7 +12,7 @@ from ..errors import NEFTuneError
 
 _COMMANDS = {
     "sft": "supervised fine-tuning with TRL; takes --config FILE and any field of SFTConfig as an option",
-    "inspect": "report a model's embedding scale and the noise-to-embedding ratio at each alpha",
+    "inspect": "report a model's embedding scale and the signal-to-noise ratio at each alpha",
     "compare": "train with several alphas and seeds, and report the differences",
     "generate": "complete a file of prompts greedily, in alpaca_eval's format",
     "run": "run a tool with this library in place of transformers' NEFTune: neftune-hf run -- COMMAND ...",

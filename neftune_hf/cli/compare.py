@@ -12,17 +12,17 @@ from typing import Any
 from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError
 from . import recipes
 from .generate import complete_tokens, format_prompt, read_prompts, turns_of
-from .sft import (
+from .training import (
     check_arguments,
-    check_files,
-    launched,
-    leave_processes,
     load_splits,
     load_tokenizer,
     make_trainer,
-    mean_noise_to_embedding_db,
+    maybe_launch,
+    mean_snr_db,
     parse_arguments,
-    silence,
+    quiet_third_party_warnings,
+    read_config,
+    shut_down_distributed,
 )
 
 _POINTS = 4  # how often a run measures its losses without noise
@@ -88,12 +88,12 @@ def run(argv: Sequence[str]) -> None:
             raise NEFTuneConfigError(f"`--{name}` is {value}; it must be at least {least}.")
     cells = [(setting, seed) for setting in _settings(own) for seed in own.seeds]
     rest = recipes.with_files(rest)
-    in_file = check_files(rest)
-    silence()
+    in_file = read_config(rest)
+    quiet_third_party_warnings()
     *given, launch = parse_arguments(rest, in_file)
     # validate all runs before training any
     parsed = [parse_arguments(_words(rest, *cell), in_file)[:-1] for cell in cells]
-    if launched("compare", launch, argv):
+    if maybe_launch("compare", launch, argv):
         return
     check_arguments(*given)
     script_args, training_args, _, mixture = given
@@ -110,7 +110,7 @@ def _settings(own: argparse.Namespace) -> list[dict[str, Any]]:
     for words in own.vary:
         field, _, values = words.partition("=")
         if not values:
-            raise NEFTuneConfigError(f"`--vary` is {words!r}; write it like --vary neftune_length=tokens,width")
+            raise NEFTuneConfigError(f"`--vary` is {words!r}; write it like --vary neftune_length=sequence,padded")
         axes[field] = [yaml.safe_load(value) for value in values.split(",")]
     if own.alphas or not axes:
         axes["neftune_noise_alpha"] = own.alphas or [0.0, 5.0]
@@ -124,7 +124,7 @@ def _settings(own: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _name(setting: dict[str, Any]) -> str:
-    """A short name, such as `alpha 5` or `length width, alpha 5`."""
+    """A short name, such as `alpha 5` or `length padded, alpha 5`."""
     parts = []
     for field, value in setting.items():
         short = field.removeprefix("neftune_").removeprefix("noise_")
@@ -157,7 +157,7 @@ class _Grid:
         from accelerate import PartialState
         from tqdm import tqdm
 
-        from ..report import write_report
+        from ..compare.report import write_report
 
         state = PartialState()
         transformers.logging.set_verbosity_error()
@@ -186,7 +186,7 @@ class _Grid:
             for run in runs:
                 run["name"] = _name({field: run["setting"][field] for field in varied})
             print(write_report(self.folder, runs, self.own.judge))
-        leave_processes()
+        shut_down_distributed()
 
     def load(self) -> None:
         """Load the training set, the records to measure on, and the prompts to complete."""
@@ -259,7 +259,7 @@ class _Grid:
         """
         from transformers import PrinterCallback, TrainerCallback, set_seed
 
-        from ..measure import record_losses
+        from ..compare.metrics import record_losses
 
         setting, seed = self.cells[number]
         _, training_args, model_args, _ = self.parsed[number]
@@ -311,7 +311,7 @@ class _Grid:
             "epochs": trainer.state.epoch,
             "train_records": len(self.train_set),
             "mean_length": sum(lengths) / len(lengths),
-            "noise_to_embedding_db": mean_noise_to_embedding_db(trainer),
+            "snr_db": mean_snr_db(trainer),
             "curve": curve,
             "losses": losses,
             "asked": self.asked,

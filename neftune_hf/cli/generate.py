@@ -173,7 +173,7 @@ def complete_tokens(
 
 def read_prompts(prompts: str) -> list[dict[str, Any]]:
     """The records of a file of prompts, each with `instruction` or `turns`."""
-    from ..data import load_instructions
+    from .data import load_instructions
 
     splits = load_instructions(prompts, argument="--prompts")
     if len(splits) > 1:
@@ -201,7 +201,7 @@ def read_prompts(prompts: str) -> list[dict[str, Any]]:
 
 def turns_of(record: dict[str, Any]) -> list[Any]:
     """The user's turns, in order."""
-    from ..data import prompt_text
+    from .data import prompt_text
 
     if record.get("turns") is not None:
         return record["turns"] if isinstance(record["turns"], list) else []
@@ -232,7 +232,7 @@ def _given(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_prompt(turns: list[str], completions: list[str], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    from ..data import plain_prompt
+    from .data import plain_prompt
 
     if not tokenizer.chat_template:
         parts = [plain_prompt(turn) + said for turn, said in zip(turns, [*completions, ""], strict=True)]

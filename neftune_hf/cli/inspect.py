@@ -19,7 +19,7 @@ ALPHAS = (5.0, 10.0, 15.0)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Report a model's embedding scale, the norm layer that rescales it, and the noise-to-embedding ratio."""
+    """Report a model's embedding scale, the norm layer that rescales it, and the signal-to-noise ratio."""
     parser = argparse.ArgumentParser(prog="neftune-hf inspect", description=run.__doc__)
     parser.add_argument("model", help="name or folder of a model, or a config of `neftune-hf sft` (.yaml)")
     parser.add_argument(
@@ -68,7 +68,7 @@ def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
     """
     from transformers import AutoTokenizer
 
-    from ..data import count_tokens, load_instructions, to_prompt_completion
+    from .data import count_tokens, load_instructions, to_prompt_completion
 
     name = settings["dataset_name"]
     try:
@@ -135,9 +135,9 @@ def inspect_model(
         `list[dict]`: For each site `path`, `class`, `embedding_dim`, `is_decoder`; `tied_to`, names of parameters tied
         to its weight; `norm`, the first norm layer after it, which rescales the noise, with its `class`, the
         `multiplier` of the embedding in its input, and `added`, the RMS of the rest of that input over that of the
-        scaled embedding; `symmetric`; `embedding_rms`; and for each alpha `noise_rms` = alpha / sqrt(3 * L * d), `db` =
-        20 * log10(noise_rms / embedding_rms), and `nearest_changes`, the share of 512 tokens whose noised embedding is
-        closer to another token's embedding.
+        scaled embedding; `symmetric`; `embedding_rms`; and for each alpha `noise_rms` = alpha / sqrt(3 * L * d),
+        `snr_db` = 20 * log10(embedding_rms / noise_rms), and `nearest_changes`, the share of 512 tokens whose noised
+        embedding is closer to another token's embedding.
 
     Example:
 
@@ -173,7 +173,7 @@ def inspect_model(
             embeddings = torch.cat([site.module(chunk[None])[0].float() for chunk in ids.split(4096)])
             report["embedding_rms"] = embeddings.square().mean().sqrt().item()
             for alpha in report["alphas"].values():
-                alpha["db"] = 20 * math.log10(alpha["noise_rms"] / report["embedding_rms"])
+                alpha["snr_db"] = 20 * math.log10(report["embedding_rms"] / alpha["noise_rms"])
                 alpha["nearest_changes"] = _nearest_changes(embeddings, alpha["noise_rms"], noise_type)
         reports.append(report)
     return reports
@@ -259,9 +259,10 @@ def inspection(reports: list[dict[str, Any]]) -> str:
         for alpha, values in report["alphas"].items():
             line = f"  alpha {alpha:<4g}      {report['noise_type']} noise, RMS {values['noise_rms']:.4g} "
             line += f"at {report['length']:g} tokens"
-            if "db" in values:
+            if "snr_db" in values:
                 line += (
-                    f", {values['db']:+.1f} dB; {100 * values['nearest_changes']:.1f} % of tokens closer to another's"
+                    f", SNR {values['snr_db']:+.1f} dB; nearest neighbour changes for "
+                    f"{100 * values['nearest_changes']:.1f} % of tokens"
                 )
             lines.append(line)
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..lengths import CallArguments, layout_of_call
+from ..layout import CallArguments, layout_of_call
 from ..noise import MEASURED_TOKENS, add_noise
 from . import cpu
 

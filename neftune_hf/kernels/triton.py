@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..lengths import CallArguments
+from ..layout import CallArguments
 from ..noise import MEASURED_TOKENS
 
 _TYPES = ("uniform", "bernoulli")  # gaussian needs the inverse error function, which Triton lacks

@@ -64,9 +64,9 @@ def test_a_large_alpha_is_seen_and_told(compared):
     held_out = next(metric for metric in results["metrics"] if metric["key"] == "held_out")
     assert held_out["differences"]["alpha 500"][0] > 1  # %
     assert len(results["verdict"]) == 2
-    assert results["settings"][0]["noise_db"] is None
-    db = [setting["noise_db"] for setting in results["settings"][1:]]
-    assert db[1] - db[0] == pytest.approx(40, abs=0.5)  # 100 times the alpha
+    assert results["settings"][0]["snr_db"] is None
+    db = [setting["snr_db"] for setting in results["settings"][1:]]
+    assert db[0] - db[1] == pytest.approx(40, abs=0.5)  # 100 times the alpha
 
 
 def test_runs_are_pairs(compared, tmp_path):
@@ -111,11 +111,11 @@ def test_the_page_stands_alone_and_has_all_of_it(compared):
 
 def test_records_are_held_out_where_there_is_no_test_split(config, tmp_path, capsys):
     arguments = ["--eval_strategy", "no", "--output_dir", str(tmp_path), "--seeds", "0", "--max_new_tokens", "0"]
-    assert compare(config, *arguments, "--vary", "neftune_length=tokens,width", "--alphas", "5") == 0
+    assert compare(config, *arguments, "--vary", "neftune_length=sequence,padded", "--alphas", "5") == 0
     results = results_of(tmp_path)
     assert results["train_records"] == 20
-    assert [setting["name"] for setting in results["settings"]] == ["length tokens", "length width"]
-    assert results["settings"][1]["noise_db"] < results["settings"][0]["noise_db"]  # packed rows
+    assert [setting["name"] for setting in results["settings"]] == ["length sequence", "length padded"]
+    assert results["settings"][1]["snr_db"] > results["settings"][0]["snr_db"]  # packed rows
     assert compare(config, *arguments, "--records", "13") == 2
     assert "`--records` is 13, too many to hold out of 24 records" in capsys.readouterr().err
 
@@ -145,7 +145,7 @@ def test_the_judge_is_asked_about_pairs(compared, monkeypatch):
         (["--seeds", "1", "1"], "given twice"),
         (["--alphas", "0", "-1"], "`neftune_noise_alpha` must be a finite number"),
         (["--vary", "neftune_lenght=tokens,width"], "Did you mean `neftune_length`"),
-        (["--vary", "neftune_length"], "--vary neftune_length=tokens,width"),
+        (["--vary", "neftune_length"], "--vary neftune_length=sequence,padded"),
         (["--records", "1"], "`--records` is 1"),
         (["--dataset_streaming", "true"], "cannot be streamed"),
     ],

@@ -32,7 +32,7 @@ def test_a_plain_model():
     assert report["embedding_rms"] == pytest.approx(weight.square().mean().sqrt().item())
     for alpha, values in report["alphas"].items():
         assert values["noise_rms"] == pytest.approx(alpha / math.sqrt(3 * 75 * D))
-        assert values["db"] == pytest.approx(20 * math.log10(values["noise_rms"] / report["embedding_rms"]))
+        assert values["snr_db"] == pytest.approx(20 * math.log10(report["embedding_rms"] / values["noise_rms"]))
     assert leftovers(model) == []
     assert model.training == tiny_llama().training
 
@@ -77,7 +77,7 @@ def test_the_command(model_folder, tmp_path, capsys):
     assert "model.embed_tokens (Embedding, d=32)" in said
     assert "model.layers.0.input_layernorm (LlamaRMSNorm); its input is 1 times the embedding" in said
     assert cli.main(["inspect", model_folder, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["alphas"]["5.0"]["db"] == pytest.approx(1.0, abs=0.3)
+    assert json.loads(capsys.readouterr().out)[0]["alphas"]["5.0"]["snr_db"] == pytest.approx(-1.0, abs=0.3)
 
 
 def test_a_yaml_file_gives_its_alpha_and_noise_type(model_folder, tmp_path, capsys):

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from neftune_hf import NEFTuneCallback
 from neftune_hf.cli import main, recipes
-from neftune_hf.data import load_instructions, to_prompt_completion
+from neftune_hf.cli.data import load_instructions, to_prompt_completion
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
 from ..records import records, write
@@ -70,7 +70,7 @@ def test_the_command_is_the_same_run_as_in_python(config, runs, tmp_path, capsys
 
 
 RATIO = re.compile(
-    r"noise          uniform, alpha 5 \(constant\): (\S+) of the embeddings' RMS \((\S+) dB\), measured on"
+    r"noise          uniform, alpha 5 \(constant\): (\S+) of the embeddings' RMS \(SNR (\S+) dB\), measured on"
 )
 
 
@@ -97,12 +97,12 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
     path = config(dataset_streaming=streaming, logging_steps=logging_steps, logging_first_step=False)
     assert main(["sft", "--config", path]) == 0
     ((ratio, db),) = RATIO.findall(capsys.readouterr().out)
-    key = "neftune/noise_to_embedding_db"
-    logged = [10 ** (entry[key] / 10) for entry in runs[0].state.log_history if key in entry]
+    key = "neftune/snr_db"
+    logged = [10 ** (-entry[key] / 10) for entry in runs[0].state.log_history if key in entry]
     assert bool(logged) == (logging_steps == 1)
     if logged:
-        assert float(db) == pytest.approx(10 * math.log10(sum(logged) / len(logged)), abs=0.06)
-    assert float(ratio) == pytest.approx(10 ** (float(db) / 20), rel=0.02)
+        assert float(db) == pytest.approx(-10 * math.log10(sum(logged) / len(logged)), abs=0.06)
+    assert float(ratio) == pytest.approx(10 ** (-float(db) / 20), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_files_are_refused_before_anything_heavy_is_imported(text, message, tmp_
     ],
 )
 def test_bf16_without_a_gpu_is_refused_before_trl_is_imported(changes, options, config, monkeypatch, capsys):
-    monkeypatch.setattr("neftune_hf.cli.sft.parse_arguments", None)
+    monkeypatch.setattr("neftune_hf.cli.training.parse_arguments", None)
     assert main(["sft", "--config", config(**changes), *options]) == 2
     assert "`bf16` is true, but this machine has no GPU with bfloat16" in capsys.readouterr().err
 
@@ -244,7 +244,7 @@ def test_a_configuration_of_a_dataset(config, runs, tmp_path, monkeypatch):
         asked.append((name, config, streaming))
         return datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS))
 
-    monkeypatch.setattr("neftune_hf.data.datasets.load_dataset", load)
+    monkeypatch.setattr("neftune_hf.cli.data.datasets.load_dataset", load)
     assert main(["sft", "--config", config(dataset_name="some/set", dataset_config="main")]) == 0
     assert asked == [("some/set", "main", False)]
 

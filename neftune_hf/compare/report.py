@@ -12,9 +12,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from . import __version__
+from .. import __version__
 from .intervals import Interval, log_ratio, mean_interval, needed
-from .measure import text_metrics
+from .metrics import text_metrics
 
 # Differences are relative (positive quantities, in %) or absolute (shares from 0 to 1, in percentage points).
 _METRICS = {
@@ -97,7 +97,7 @@ def summarise(runs: list[dict[str, Any]], judge: str | None = None) -> dict[str,
     results = {
         "neftune_hf": __version__,
         "settings": [
-            {"name": name, "setting": run["setting"], "noise_db": run["noise_to_embedding_db"]}
+            {"name": name, "setting": run["setting"], "snr_db": run["snr_db"]}
             for name in names
             for run in [next(run for run in runs if run["name"] == name)]
         ],

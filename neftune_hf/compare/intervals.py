@@ -46,7 +46,7 @@ def mean_interval(*samples: np.ndarray, confidence: float = 0.95) -> Interval:
 
     ```python
     >>> import numpy as np
-    >>> from neftune_hf.intervals import mean_interval
+    >>> from neftune_hf.compare.intervals import mean_interval
     >>> mean_interval(np.array([[1.0, 2.0, 3.0], [1.0, 3.0, 2.0]])).estimate
     2.0
     ```

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from neftune_hf.intervals import log_ratio, mean_interval, needed
+from neftune_hf.compare.intervals import log_ratio, mean_interval, needed
 
 # Standard deviations of the seed effect, the record effect and the residual.
 EFFECTS = {

@@ -110,7 +110,7 @@ def sequence_layout(
 
     ```python
     >>> import torch
-    >>> from neftune_hf.lengths import sequence_layout
+    >>> from neftune_hf import sequence_layout
     >>> padded = sequence_layout(torch.tensor([[0, 7, 8]]), attention_mask=torch.tensor([[0, 1, 1]]))
     >>> packed = sequence_layout(torch.tensor([[7, 8, 9]]), position_ids=torch.tensor([[0, 1, 0]]))
     >>> padded.positions.tolist(), packed.positions.tolist()

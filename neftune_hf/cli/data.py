@@ -14,8 +14,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 
-from . import __version__
-from .errors import DatasetError, first_line
+from .. import __version__
+from ..errors import DatasetError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def load_instructions(
     Example:
 
     ```python
-    >>> from neftune_hf.data import load_instructions
+    >>> from neftune_hf.cli.data import load_instructions
     >>> load_instructions("configs/quickstart")["train"].column_names
     ['instruction', 'input', 'output']
     ```

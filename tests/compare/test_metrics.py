@@ -4,9 +4,9 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from neftune_hf.measure import record_losses, text_metrics
+from neftune_hf.compare.metrics import record_losses, text_metrics
 
-from .conftest import tiny_llama
+from ..conftest import tiny_llama
 
 ROWS = [
     {"input_ids": list(range(3, 3 + n)), "labels": [-100] * (n // 2) + list(range(3 + n // 2, 3 + n))}

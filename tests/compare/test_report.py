@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from neftune_hf.report import summarise, write_report
+from neftune_hf.compare.report import summarise, write_report
 
 
 def runs(effects, seeds=3, records=60, length=1.0, noise=0.02):
@@ -25,7 +25,7 @@ def runs(effects, seeds=3, records=60, length=1.0, noise=0.02):
             made.append({
                 "name": f"alpha {5 * number}", "setting": {"neftune_noise_alpha": 5.0 * number}, "seed": seed,
                 "settings": {"max_new_tokens": "64"}, "steps": 8, "epochs": 1.0, "train_records": 100,
-                "mean_length": 50.0, "noise_to_embedding_db": -20.0 if number else None,
+                "mean_length": 50.0, "snr_db": 20.0 if number else None,
                 "curve": [{"step": 4, "held_out": 2.0, "training": 2.0}, {"step": 8, "held_out": 1.9, "training": 1.8}],
                 "losses": {"held_out": losses.tolist(), "training": losses.tolist()},
                 "asked": {"held_out": asked, "training": asked}, "completions": {"held_out": texts, "training": texts},

@@ -55,7 +55,7 @@ def text_metrics(completion: str, reference: str | None) -> dict[str, float]:
     Example:
 
     ```python
-    >>> from neftune_hf.measure import text_metrics
+    >>> from neftune_hf.compare.metrics import text_metrics
     >>> text_metrics("a b a b", reference=None)["distinct_2"]
     0.6666666666666666
     ```

@@ -7,11 +7,11 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
-from neftune_hf.data import keep_usable, load_instructions, to_prompt_completion
+from neftune_hf.cli.data import keep_usable, load_instructions, to_prompt_completion
 from neftune_hf.errors import DatasetError
 
-from .conftest import ROOT, byte_tokenizer, tiny_llama
-from .records import HUB_SETS, WORDS, records, write
+from ..conftest import ROOT, byte_tokenizer, tiny_llama
+from ..records import HUB_SETS, WORDS, records, write
 
 RECORD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 PAIRS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("one", "two", "three")]

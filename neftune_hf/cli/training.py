@@ -1,0 +1,326 @@
+"""What `neftune-hf sft` and `compare` share: arguments, data, the trainer, launching."""
+
+import argparse
+import atexit
+import codecs
+import difflib
+import logging
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError, first_line
+from . import recipes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from ..sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
+
+_SNR = "neftune/snr_db"
+_DESCRIPTION = """Fine-tune with TRL and NEFTune, from a YAML file and the command line, and print a summary.
+
+Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig can be set
+as an option or in the YAML file.
+"""
+
+
+def shut_down_distributed() -> None:
+    """End a multi-process run. On gloo, exit the process here, because torch can hang when it frees gloo groups."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() != "gloo" or dist.get_world_size() == 1:
+        return dist.destroy_process_group()
+    dist.barrier()
+    atexit._run_exitfuncs()  # where trackers finish
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def mean_snr_db(trainer: "NEFTuneSFTTrainer") -> float | None:
+    """A run's signal-to-noise ratio, its noise power averaged over the logs; without logs, as measured at its end."""
+    history, run = trainer.state.log_history, trainer.neftune_callback.run
+    noise = [10 ** (-entry[_SNR] / 10) for entry in history if _SNR in entry]  # relative to the embeddings' power
+    return -10 * math.log10(sum(noise) / len(noise)) if noise else run.snr_db
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("neftune-hf sft")
+    text = "YAML file with any of the options, which the command line overrides, or the name of a recipe: "
+    group.add_argument("--config", metavar="FILE", help=text + ", ".join(recipes.names()))
+    group.add_argument(
+        "--accelerate_config",
+        metavar="CONFIG",
+        help="launch with accelerate: a file from `accelerate config`, or the name of one of TRL's, such as fsdp2",
+    )
+    group.add_argument("--num_processes", type=int, metavar="N", help="number of processes to launch with accelerate")
+
+
+def quiet_third_party_warnings() -> None:
+    """Suppress warnings of other libraries that a user of the command cannot act on."""
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # about a kernel used only for 4 bits
+
+
+def _refuse(message: str) -> NoReturn:
+    """Replaces `ArgumentParser.error`, which would first print the usage of some 200 options."""
+    raise NEFTuneConfigError(re.sub(r"^argument (--\w+)\S*:", r"`\1`:", message))
+
+
+def read_config(argv: Sequence[str]) -> dict[str, Any]:
+    """Refuse missing or malformed files, and bf16 without a GPU, before importing TRL, which takes seconds.
+
+    Returns:
+        `dict`: The contents of the YAML file.
+    """
+    import yaml
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument("--config")
+    parser.add_argument("--dataset_name", "--dataset-name")
+    parser.add_argument("--bf16", nargs="?", const=True)
+    parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const=True)
+    given, _ = parser.parse_known_args(argv)
+    settings = {}
+    if given.config is not None:
+        try:
+            settings = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise NEFTuneConfigError(f"`config`: {given.config} cannot be read: {error.strerror}.") from error
+        except (ValueError, yaml.YAMLError) as error:
+            raise NEFTuneConfigError(f"`config` {given.config} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise NEFTuneConfigError(
+                f"`config` {given.config} holds a {type(settings).__name__}; write `key: value` lines."
+            )
+    name = given.dataset_name or settings.get("dataset_name")
+    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")):
+        if not Path(name).is_file():
+            raise DatasetError(f"`dataset_name`: there is no file {name}.")
+        _check_text(name)
+    bf16, use_cpu = (str(getattr(given, key) or settings.get(key)).lower() == "true" for key in ("bf16", "use_cpu"))
+    if bf16 and not use_cpu:
+        from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+
+        if not is_torch_bf16_gpu_available() and not is_torch_xla_available():
+            raise NEFTuneConfigError("`bf16` is true, but this machine has no GPU with bfloat16. Set `bf16: false`.")
+    return settings
+
+
+def _check_text(name: str) -> None:
+    """Refuse a file whose first bytes do not match its suffix."""
+    with open(name, "rb") as file:
+        head = file.read(65536)
+    if name.endswith(".parquet"):
+        is_right = head.startswith(b"PAR1")
+    else:
+        try:
+            is_right = "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)  # the last may be incomplete
+        except UnicodeDecodeError:
+            is_right = False
+    if not is_right:
+        kind = "a Parquet file" if name.endswith(".parquet") else "text in UTF-8"
+        raise DatasetError(f"`dataset_name`: {name} is not {kind}.")
+
+
+def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
+    """Parse a YAML file and options with TRL's parser. The error for an unknown name suggests the closest known one."""
+    try:
+        from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+        from ..sft import NEFTuneSFTConfig
+    except ModuleNotFoundError:
+        parser = argparse.ArgumentParser(
+            prog="neftune-hf sft",
+            description=_DESCRIPTION,
+            epilog='With TRL installed, every field is listed: pip install "neftune_hf[trl]"',
+        )
+        _add_options(parser)
+        parser.parse_known_args(argv)  # answers --help
+        raise
+    parser = TrlParser(
+        (ScriptArguments, NEFTuneSFTConfig, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
+        prog="neftune-hf sft",
+        allow_abbrev=False,  # do not expand a prefix
+        usage="%(prog)s --config FILE [--OPTION VALUE ...]",
+        description=_DESCRIPTION,
+    )
+    _add_options(parser)
+    parser.error = _refuse  # type: ignore[method-assign]
+    known = {action.dest for action in parser._actions} | {"env"}  # TRL sets environment variables from `env`
+    _, words = parser.parse_known_args(argv)
+    on_line = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")] or words
+    in_file = [str(key) for key in settings if key not in known]
+    for unknown, where in ((in_file, "the config file"), (on_line, "the command line")):
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else " See `neftune-hf sft --help` for the fields."
+            raise NEFTuneConfigError(f"`{unknown[0]}` in {where} is not a field of this command.{hint}")
+    try:
+        return parser.parse_args_and_config(argv)
+    except NEFTuneError:
+        raise
+    except (TypeError, ValueError) as error:  # from a dataclass's validation
+        message = " ".join(str(error).split())
+        if "support bf16" in message:
+            message = (
+                "`bf16` is true, which is TRL's default, but this machine has no GPU with bfloat16. Set `bf16: false`."
+            )
+        raise NEFTuneConfigError(message) from error
+
+
+def maybe_launch(command: str, launch: argparse.Namespace, argv: Sequence[str]) -> bool:
+    """Run the same command with `accelerate launch`, as `trl sft` does, if asked to; returns whether it did."""
+    if launch.num_processes is not None and launch.num_processes < 1:
+        raise NEFTuneConfigError(f"`num_processes` is {launch.num_processes}; it must be at least 1.")
+    if not (launch.accelerate_config or launch.num_processes) or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return False
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config")
+    parser.add_argument("--num_processes")
+    _, rest = parser.parse_known_args(argv)
+    options = ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
+    if launch.accelerate_config:
+        try:
+            options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
+        except ValueError as error:
+            raise NEFTuneConfigError(f"`accelerate_config`: {error}") from error
+    launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", command, *rest]))
+    return True
+
+
+def check_arguments(
+    script_args: "ScriptArguments",
+    training_args: "NEFTuneSFTConfig",
+    model_args: "ModelConfig",
+    mixture: "DatasetMixtureConfig",
+) -> None:
+    """Refuse settings that are bound to fail, before a model is loaded."""
+    checkpoint = training_args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
+        raise NEFTuneConfigError(
+            f"`resume_from_checkpoint` is {checkpoint}, but there is no such folder. Name a checkpoint in "
+            "`output_dir`, or omit it to start over."
+        )
+    if model_args.model_name_or_path is None or not (script_args.dataset_name or mixture.datasets):
+        raise NEFTuneConfigError(
+            "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."
+        )
+    if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps <= 0:
+        name = "streaming" if mixture.streaming else "dataset_streaming"
+        raise NEFTuneConfigError(f"A stream has no length: set `max_steps`, or `{name}: false`.")
+    if mixture.streaming and mixture.test_split_size is not None:
+        raise NEFTuneConfigError("`test_split_size` needs the length of the data: set `streaming: false`.")
+    if model_args.use_peft:
+        import peft  # noqa: F401  if it is missing, the error names the extra
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        import bitsandbytes  # noqa: F401
+    if training_args.push_to_hub and training_args.process_index == 0:
+        from huggingface_hub import whoami
+
+        try:
+            whoami(training_args.hub_token)
+        except Exception as error:  # unreachable, it raises errors of httpx, the hub or the OS
+            raise NEFTuneConfigError(
+                f"`push_to_hub` is true, and the hub refused the login: {first_line(error)} "
+                "Log in with `hf auth login`, or set `push_to_hub: false`."
+            ) from error
+
+
+def load_tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    name = model_args.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise NEFTuneConfigError(
+            f"`model_name_or_path` is {name}, but no tokenizer was found there: {first_line(error)}"
+        ) from error
+
+
+def make_trainer(
+    training_args: "NEFTuneSFTConfig",
+    model_args: "ModelConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    train: "Dataset",
+    test: Any,
+) -> "NEFTuneSFTTrainer":
+    import torch
+    from trl import get_peft_config, get_quantization_config
+
+    from ..sft import NEFTuneSFTTrainer
+
+    if not torch.accelerator.is_available():
+        training_args.dataloader_pin_memory = False  # avoids torch's warning
+    kwargs: Any = training_args.model_init_kwargs
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (kwargs or {})
+    return NEFTuneSFTTrainer(
+        model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def load_splits(
+    script_args: "ScriptArguments",
+    training_args: "NEFTuneSFTConfig",
+    mixture: "DatasetMixtureConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    wanted: list[str],
+) -> list["Dataset"]:
+    """Load the `wanted` splits and prepare them for TRL."""
+    from trl import get_dataset
+    from trl.data_utils import get_dataset_column_names
+
+    from .data import dataset_errors, keep_usable, load_instructions, to_prompt_completion
+
+    argument, name = "dataset_name", script_args.dataset_name or ""
+    if mixture.datasets:  # as in TRL, takes precedence over `dataset_name`
+        argument, name = "datasets", ", ".join(str(part.data_files or part.path) for part in mixture.datasets)
+        with dataset_errors(argument, name):
+            splits = get_dataset(mixture)
+    else:
+        splits = load_instructions(name, script_args.dataset_config, script_args.dataset_streaming)
+    if missing := set(wanted) - set(splits):
+        raise NEFTuneConfigError(
+            f"`{argument}` {name} has the splits {', '.join(splits)}, not {', '.join(sorted(missing))}. "
+            "Name them with `dataset_train_split` and `dataset_test_split`, or set `eval_strategy: no`."
+        )
+    # If TRL does not truncate records to their first `max_length` tokens, no record is too long.
+    wraps = training_args.packing and training_args.packing_strategy != "bfd"
+    limit = training_args.max_length if training_args.truncation_mode == "keep_start" and not wraps else None
+    ready, field = [], training_args.dataset_text_field
+    training_args.dataset_text_field = "text"
+    for split in wanted:
+        called, data = f"{name} ({split})", splits[split]
+        if field != "text" and field in get_dataset_column_names(data):  # the user named a column
+            data = data.select_columns([field]).rename_column(field, "text")
+        pairs = to_prompt_completion(data, called, bool(tokenizer.chat_template))
+        ready.append(keep_usable(pairs, called, tokenizer, limit))
+    return ready

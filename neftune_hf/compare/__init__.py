@@ -1,0 +1,1 @@
+"""`neftune-hf compare`: did NEFTune help? Runs, metrics, intervals and the report."""
