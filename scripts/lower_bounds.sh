@@ -26,4 +26,5 @@ says_what_to_install -m neftune_hf sft
 "${install[@]}" "$wheel[trl,peft,quantized,compare]" pytest pytest-xdist hypothesis triton
 "$python" -m pip freeze | grep -E "^$bounded=="
 HF_HUB_OFFLINE=1 "$python" -m pytest --numprocesses 2 -m "not slow" \
-  tests/test_{config,data,embeddings,examples,hooks,lengths,noise,patch,project,trainer}.py tests/cli/test_{main,sft}.py
+  tests/test_{callback,config,embeddings,examples,handle,hooks,integration,layout,noise,patch,project,sft,trainer}.py \
+  tests/cli/test_{data,main,sft}.py

@@ -1,4 +1,4 @@
-"""Run by test_ranks under torchrun: setups that split a model or batch over processes, compared with the plain model.
+"""Run by test_distributed under torchrun: a model or batch that is split over processes, compared with the plain model.
 
 Each scenario is a function of the world size that asserts on its own rank; errors are written to a file.
 """

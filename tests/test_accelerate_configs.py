@@ -1,6 +1,5 @@
 """configs/accelerate: accelerate knows every key; runs in two processes, on one node and on two."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,15 +9,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from .conftest import ROOT
-from .records import records, write
-from .test_recipes import SMALL
+from .helpers import cpu_environment, sft_options
 
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 ALPACA = "tatsu-lab/alpaca"
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_accelerate_reads_it(file):
+def test_accelerate_knows_every_key(file):
     config = load_config_from_file(str(file))
     options = set(vars(launch_command_parser().parse_args(["script"])))
     given = {**config.fsdp_config, **config.deepspeed_config}
@@ -27,24 +25,13 @@ def test_accelerate_reads_it(file):
     assert not unknown
 
 
-def environment() -> dict[str, str]:
-    """accelerate's config is for GPUs; told to use CPUs, it starts the same processes."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-
-
-def options(folder, model_folder) -> list[str]:
-    small = SMALL | {"model_name_or_path": model_folder, "output_dir": str(folder / "run")}
-    small["dataset_name"] = write(folder / "set.json", records(ALPACA))
-    return [word for key, value in small.items() for word in (f"--{key}", str(value))]
-
-
 @pytest.mark.slow
 def test_the_command_of_the_docs_in_two_processes(tmp_path, model_folder):
     command = [sys.executable, "-m", "neftune_hf", "sft", "--config", "configs/alpaca_qwen3.yaml"]
     command += ["--accelerate_config", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
     result = subprocess.run(
-        [*command, *options(tmp_path, model_folder)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        [*command, *sft_options(tmp_path, model_folder, ALPACA)],
+        cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("NEFTune summary") == 1
@@ -52,7 +39,7 @@ def test_the_command_of_the_docs_in_two_processes(tmp_path, model_folder):
 
 
 @pytest.mark.slow
-def test_two_nodes(tmp_path, model_folder):
+def test_a_run_on_two_nodes(tmp_path, model_folder):
     """One process per node, with plain data parallelism on CPUs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,8 +55,8 @@ def test_two_nodes(tmp_path, model_folder):
     nodes = [
         subprocess.Popen(
             [*command, "--machine_rank", str(rank), "-m", "neftune_hf", "sft", "--config", "configs/alpaca_qwen3.yaml",
-             *options(tmp_path, model_folder)],
-            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+             *sft_options(tmp_path, model_folder, ALPACA)],
+            cwd=ROOT, env=cpu_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip

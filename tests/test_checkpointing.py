@@ -10,10 +10,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from neftune_hf import NEFTuneError, attach
 
 from .conftest import VOCAB, tiny_llama
+from .helpers import IDS, LABELLED_BATCH
 
-IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
-GIVEN = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 9, [1] * 5 + [0] * 4]), "labels": IDS}
-OTHER = {"input_ids": IDS[:, :7] + 1, "attention_mask": torch.ones(2, 7, dtype=torch.long), "labels": IDS[:, :7]}
+OTHER = {"input_ids": IDS[:, :5] + 1, "attention_mask": torch.ones(2, 5, dtype=torch.long), "labels": IDS[:, :5]}
 
 
 def model_of(kind="llama", **settings):
@@ -40,7 +39,7 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], expected[name]), name
 
 
-def plain(model, given=GIVEN):
+def plain(model, given=LABELLED_BATCH):
     model(**given).loss.backward()
 
 
@@ -67,12 +66,12 @@ def around(path):
 
 
 def of_the_loss(model):
-    checkpoint(lambda: model(**GIVEN).loss, use_reentrant=False).backward()
+    checkpoint(lambda: model(**LABELLED_BATCH).loss, use_reentrant=False).backward()
 
 
 def twice(model):
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
-        loss = checkpoint(lambda: model(**GIVEN).loss, use_reentrant=False)
+        loss = checkpoint(lambda: model(**LABELLED_BATCH).loss, use_reentrant=False)
     loss.backward()
 
 
@@ -105,7 +104,7 @@ def test_gradients_of_t5_are_equal(kind):
 def test_two_batches_in_flight_recomputed_last_first(which):
     def run(model, checkpointed=which):
         losses = []
-        for given, is_checkpointed in zip((GIVEN, OTHER), checkpointed, strict=True):
+        for given, is_checkpointed in zip((LABELLED_BATCH, OTHER), checkpointed, strict=True):
             if is_checkpointed:
                 losses.append(checkpoint(lambda given=given: model(**given).loss, use_reentrant=False))
             else:
@@ -114,7 +113,10 @@ def test_two_batches_in_flight_recomputed_last_first(which):
         losses[1].backward()
 
     def reversed_run(model):
-        losses = [checkpoint(lambda given=given: model(**given).loss, use_reentrant=False) for given in (GIVEN, OTHER)]
+        losses = [
+            checkpoint(lambda given=given: model(**given).loss, use_reentrant=False)
+            for given in (LABELLED_BATCH, OTHER)
+        ]
         losses[1].backward()
         losses[0].backward()
 
@@ -134,8 +136,8 @@ def test_two_passes_over_one_batch_and_a_graph_that_is_kept():
     def run(model, checkpointed=True):
         def logits():
             if checkpointed:
-                return checkpoint(lambda: model(**GIVEN).logits, use_reentrant=False)
-            return model(**GIVEN).logits
+                return checkpoint(lambda: model(**LABELLED_BATCH).logits, use_reentrant=False)
+            return model(**LABELLED_BATCH).logits
 
         loss = logits().square().mean() + (logits() - logits().detach()).square().mean()
         loss.backward(retain_graph=True)
@@ -148,7 +150,7 @@ def test_two_passes_over_one_batch_and_a_graph_that_is_kept():
 @pytest.mark.parametrize("other", [torch.ones_like(IDS), None])
 def test_the_same_ids_with_two_masks(other):
     """Around the model each pass has its own mask; around the embedding alone the mask is unknown."""
-    masks = [GIVEN["attention_mask"], other]
+    masks = [LABELLED_BATCH["attention_mask"], other]
 
     def run(model, checkpointed=True):
         losses = []
@@ -196,10 +198,10 @@ def test_a_compiled_model_inside_a_checkpoint():
 
     def run(model):
         compiled = torch.compile(model, backend="aot_eager")
-        checkpoint(lambda: compiled(**GIVEN).loss, use_reentrant=False).backward()
+        checkpoint(lambda: compiled(**LABELLED_BATCH).loss, use_reentrant=False).backward()
 
     def reference(model):
-        torch.compile(model, backend="aot_eager")(**GIVEN).loss.backward()
+        torch.compile(model, backend="aot_eager")(**LABELLED_BATCH).loss.backward()
 
     assert_equal(gradients(model_of(), run), gradients(model_of(), reference))
 
@@ -219,11 +221,11 @@ def test_a_loss_that_caches_embeddings_names_the_remedy():
     model = model_of()
     with attach(model, neftune_noise_alpha=5):
         with torch.no_grad():
-            cached = model(**GIVEN).logits.detach().requires_grad_()
+            cached = model(**LABELLED_BATCH).logits.detach().requires_grad_()
 
         def again(gradient):
             with torch.enable_grad():
-                model(**GIVEN).logits.backward(gradient)
+                model(**LABELLED_BATCH).logits.backward(gradient)
             return gradient
 
         cached.register_hook(again)
@@ -234,18 +236,18 @@ def test_a_loss_that_caches_embeddings_names_the_remedy():
 def test_a_backward_after_the_step_has_advanced_is_an_error():
     model = model_of()
     with attach(model, neftune_noise_alpha=5) as handle:
-        loss = checkpoint(lambda: model(**GIVEN).loss, use_reentrant=False)
+        loss = checkpoint(lambda: model(**LABELLED_BATCH).loss, use_reentrant=False)
         handle.set_step(1)
         with pytest.raises(NEFTuneError, match=r"optimizer stepped between.*`backward\(\)` before `step\(\)`"):
             loss.backward()
-        model(**GIVEN).loss.backward()  # nothing is broken by it
+        model(**LABELLED_BATCH).loss.backward()  # nothing is broken by it
 
 
 @pytest.mark.parametrize("derived", [False, True])
 def test_a_backward_after_a_whole_step_of_another_batch_is_an_error(derived):
     """The first batch's noise is not the current step's, although ids of the same shape have been noised in it."""
     model = model_of()
-    of_another = GIVEN | {"input_ids": IDS + 1}
+    of_another = LABELLED_BATCH | {"input_ids": IDS + 1}
 
     def loss_of(given):
         if derived:  # the model derives the ids that it embeds from those that the checkpoint keeps
@@ -253,24 +255,24 @@ def test_a_backward_after_a_whole_step_of_another_batch_is_an_error(derived):
         return model(**given).loss
 
     with attach(model, neftune_noise_alpha=5) as handle:
-        late = checkpoint(lambda: loss_of(GIVEN), use_reentrant=False)
+        late = checkpoint(lambda: loss_of(LABELLED_BATCH), use_reentrant=False)
         handle.set_step(1)
         loss_of(of_another).backward()
         error = CheckpointError if derived else NEFTuneError
         with pytest.raises(error, match="different metadata" if derived else "optimizer stepped between"):
             late.backward()
-        checkpoint(lambda: loss_of(GIVEN), use_reentrant=False).backward()  # nothing is broken by it
+        checkpoint(lambda: loss_of(LABELLED_BATCH), use_reentrant=False).backward()  # nothing is broken by it
 
 
 def test_a_handle_that_is_removed_before_a_checkpointed_backward_is_an_error():
     """torch compares what the two passes save, and the noise saves its key."""
     model = model_of()
     handle = attach(model, neftune_noise_alpha=5)
-    loss = checkpoint(lambda: model(**GIVEN).loss, use_reentrant=False)
+    loss = checkpoint(lambda: model(**LABELLED_BATCH).loss, use_reentrant=False)
     handle.remove()
     with pytest.raises(CheckpointError):
         loss.backward()
-    loss = checkpoint(lambda: model(**GIVEN).loss, use_reentrant=False)
+    loss = checkpoint(lambda: model(**LABELLED_BATCH).loss, use_reentrant=False)
     handle.attach()
     with pytest.raises(CheckpointError):
         loss.backward()
@@ -280,7 +282,7 @@ def test_a_handle_that_is_removed_before_a_checkpointed_backward_is_an_error():
 def test_a_plain_backward_needs_neither_the_handle_nor_the_step():
     model = model_of()
     handle = attach(model, neftune_noise_alpha=5)
-    loss = model(**GIVEN).loss
+    loss = model(**LABELLED_BATCH).loss
     handle.set_step(1)
     handle.remove()
     loss.backward()

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 from transformers import TrainingArguments
 
@@ -43,14 +44,22 @@ def test_bad_values_are_named_before_anything_is_attached(name, value, shown, tm
 
 
 @pytest.mark.parametrize("alpha", [None, 0, 0.0])
-def test_off(alpha):
+def test_alpha_none_or_zero_attaches_nothing(alpha):
     model = tiny_llama()
     with attach(model, neftune_noise_alpha=alpha) as handle:
         assert handle.sites == []
         assert leftovers(model) == []
 
 
-def test_merge(tmp_path):
+def test_numbers_of_numpy_are_accepted():
+    NEFTuneConfig(neftune_noise_alpha=np.float64(5), neftune_seed=np.int64(3))
+    NEFTuneConfig(neftune_noise_alpha=np.float32(5))
+    with attach(tiny_llama(), neftune_noise_alpha=np.float64(5)) as handle:
+        handle.set_step(np.int64(7))
+        assert handle.step == 7
+
+
+def test_settings_are_merged_with_the_arguments(tmp_path):
     args = TrainingArguments(str(tmp_path), neftune_noise_alpha=5)
     assert merge({}, args) == merge({"neftune_noise_alpha": 5}, args) == NEFTuneConfig(neftune_noise_alpha=5)
     assert merge({"neftune_seed": 1}, args) == NEFTuneConfig(neftune_noise_alpha=5, neftune_seed=1)

@@ -1,62 +1,138 @@
-"""Two real processes under `accelerate launch`."""
+"""Every way to wrap or split a model or batch: the noise of the plain model, or an error."""
 
-import os
-import subprocess
-import sys
+import json
+import warnings
 
+import accelerate
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import distributed
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from neftune_hf import add_noise
-from neftune_hf.layout import sequence_layout
-from neftune_hf.noise import noise_key
+from neftune_hf import attach
 
-from .conftest import ROOT
-from .helpers import COMMON
-
-pytestmark = pytest.mark.slow
+from .conftest import leftovers, tiny_llama
+from .helpers import BATCH, torchrun
+from .ranks import SCENARIOS
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "pairs"])
-def test_noise_does_not_know_the_rank_and_a_resumed_run_is_the_same(tmp_path, kind):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [*launch, "-m", "tests.two_processes", kind, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    runs = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in (0, 1)]
-    for run in runs:
-        passes = 2 if kind == "pairs" else 1
-        assert len(run["seen"]) == 8 * passes
-        for number, (ids, noised, clean) in enumerate(run["seen"]):
-            key = noise_key(COMMON["seed"], step=number // (2 * passes))
-            alpha = -5.0 if passes == 2 and number % 2 else 5.0
-            for row, found, e in zip(ids, noised, clean, strict=True):
-                alone = row[row != 2][None]  # alone: no padding, batch or rank
-                expected = add_noise(e[row != 2][None], sequence_layout(alone), alpha, key)
-                assert torch.equal(found[row != 2][None], expected)
-                assert torch.equal(found[row == 2], e[row == 2])
-    assert not torch.equal(runs[0]["seen"][0][0], runs[1]["seen"][0][0])  # different data, so different noise
-    for a, b, c in zip(runs[0]["weights"], runs[1]["weights"], runs[0]["again"], strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-    for run in runs:
-        assert len(run["gradients"]) == (2 if kind == "pairs" else 0)
-        for name in run["gradients"][0] if kind == "pairs" else ():
-            once, each = (gradients[name] for gradients in run["gradients"])
-            torch.testing.assert_close(once, each, rtol=1e-4, atol=1e-7)
-            assert torch.equal(once, runs[0]["gradients"][0][name])
+@pytest.fixture(scope="module")
+def process_group():
+    """This process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager")
+
+
+def fsdp1(model):
+    with warnings.catch_warnings(record=True):
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def fsdp2(model):
+    mesh = distributed.init_device_mesh("cpu", (1,))
+    for layer in model.get_submodule("model.layers"):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.get_input_embeddings(), mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def offloaded(model):
+    return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+def adapted(model):
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
+
+
+WRAPPERS = {
+    "DDP": [DistributedDataParallel],
+    "FSDP1": [fsdp1],
+    "FSDP2": [fsdp2],
+    "compiled": [compiled],
+    "accelerate's hooks": [offloaded],
+    "DDP of compiled": [compiled, DistributedDataParallel],
+    "compiled DDP": [DistributedDataParallel, compiled],
+    "compiled FSDP2": [fsdp2, compiled],
+    "DDP of PEFT": [adapted, DistributedDataParallel],
+    "FSDP1 of PEFT": [adapted, fsdp1],
+    "DDP of hooks of PEFT": [adapted, offloaded, DistributedDataParallel],
+    "compiled DDP of compiled": [compiled, DistributedDataParallel, compiled],
+}
+
+
+def logits_and_gradients(model):
+    """Logits and the gradients of the trainable parameters, by name, with noise on."""
+    with attach(model, neftune_noise_alpha=5, neftune_seed=3) as handle:
+        logits = model(**BATCH).logits
+        logits.square().sum().backward()
+        assert list(handle.noised_forwards.values()) == [1]
+    assert leftovers(model) == []
+    gradients = [p.grad for p in model.parameters() if p.grad is not None and p.numel()]
+    return logits.detach(), [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_noise_in_a_wrapper_is_that_of_the_bare_model(wrapper, process_group):
+    steps = WRAPPERS[wrapper]
+    model, bare = tiny_llama(attention_dropout=0.0), tiny_llama(attention_dropout=0.0)
+    for wrap in steps:
+        model = wrap(model)
+    if adapted in steps:
+        bare = adapted(bare)
+    logits, gradients = logits_and_gradients(model.train())
+    expected, expected_gradients = logits_and_gradients(bare.train())
+    torch.testing.assert_close(logits, expected)
+    assert len(gradients) == len(expected_gradients) > 0
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient.reshape(-1), other.reshape(-1))
+
+
+# Several processes: two by default. Four, for meshes of two axes, are marked `slow`.
+
+GROUPS = {
+    "data parallel": ("data_parallel", "warnings"),
+    "tensor parallel": ("tensor_parallel", "ids_that_are_dtensors"),
+    "sharded outputs": ("sharded_output", "unknown_placement"),
+    "pipelines": ("pipeline",),
+    "split sequences": ("context_parallel", "compiled_context_parallel", "ulysses", "split_calls"),
+}
+DEEPSPEED = ("deepspeed",)
+OF_FOUR = ("on_a_mesh-tp_size=2 fsdp_size=2", "on_a_mesh-fsdp_size=2 dp_replicate_size=2", "on_a_mesh-fsdp_size=4")
+
+
+def run(folder, processes: int, prefixes: tuple[str, ...], **environment: str) -> None:
+    names = [name for name in SCENARIOS if name.startswith(prefixes)]
+    assert all(any(name.startswith(prefix) for name in names) for prefix in prefixes)
+    torchrun(processes, "-m", "tests.ranks", str(folder / "failed"), *names, RANKS_FOLDER=str(folder), **environment)
+    for rank in range(processes):
+        failed = json.loads((folder / f"failed.{rank}").read_text())
+        assert not failed, f"{list(failed)} on rank {rank}; the first: {next(iter(failed.values()))}"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_two_processes_have_the_bits_of_one(tmp_path, group):
+    run(tmp_path, 2, GROUPS[group])
+
+
+def test_deepspeed_in_two_processes(tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: ZeRO, AutoTP and its Ulysses are not tested")
+    run(tmp_path, 2, DEEPSPEED, DS_ACCELERATOR="cpu")
+
+
+@pytest.mark.slow
+def test_four_processes_have_the_bits_of_one(tmp_path):
+    run(tmp_path, 4, (*OF_FOUR, "context_parallel-", "ulysses"))
+
+
+def test_every_scenario_is_run():
+    prefixes = [prefix for group in GROUPS.values() for prefix in group] + [*OF_FOUR, *DEEPSPEED]
+    assert [name for name in SCENARIOS if not name.startswith(tuple(prefixes))] == []

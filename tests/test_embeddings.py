@@ -5,15 +5,19 @@ import torch
 import transformers
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
+from transformers import T5Config
 
-from neftune_hf import add_noise, attach
+from neftune_hf import add_noise, attach, find_input_embeddings
+from neftune_hf.errors import EmbeddingNotFoundError
 from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
-from .conftest import VOCAB, tiny_llama
+from .conftest import VOCAB, D, tiny_llama
+from .helpers import BATCH, lookups
 from .shrunken import shrunken_config
 
 SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
 WIDE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -23,18 +27,13 @@ def test_both_sides_of_a_sequence_to_sequence_model_have_their_own_lengths():
     model.train()
     encoder_mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
     labels = torch.tensor([[5, -100, 6, 7, 1], [5, 6, 1, -100, -100]])
-    outputs = {}
     with attach(model, neftune_noise_alpha=5) as handle:
-        table = model.shared.weight
-        for site in handle.sites:
-
-            def keep(module, args, output, path=site.path):
-                outputs[path] = (output - table[args[0]]).detach()
-
-            site.module.register_forward_hook(keep)
-        model(input_ids=torch.randint(3, 64, (2, 6)), attention_mask=encoder_mask, labels=labels).loss.backward()
-    for output, lengths in zip(outputs.values(), ([6, 2], [5, 3]), strict=True):
-        for row, length in zip(output, lengths, strict=True):
+        encoder, decoder = (site.module for site in handle.sites)
+        with lookups(encoder) as of_encoder, lookups(decoder) as of_decoder:
+            model(input_ids=torch.randint(3, 64, (2, 6)), attention_mask=encoder_mask, labels=labels).loss.backward()
+    for seen, lengths in ((of_encoder, [6, 2]), (of_decoder, [5, 3])):
+        (lookup,) = seen
+        for row, length in zip(lookup.noise, lengths, strict=True):
             assert torch.equal(row[length:], torch.zeros_like(row[length:]))
             assert row[:length].std().item() == pytest.approx(5 / (3 * length * 32) ** 0.5, rel=0.3)
             assert (row[:length] != 0).all()
@@ -47,13 +46,11 @@ def test_a_decoder_without_labels_whose_padding_is_its_end_of_sequence(eos):
     config.eos_token_id = eos
     model = transformers.T5ForConditionalGeneration(config).train()
     labels_shifted = torch.tensor([[0, 5, 6, 7], [0, 5, 1, 1]])  # of 5, 6, 7, end and of 5, end
-    outputs = []
     with attach(model, neftune_noise_alpha=5) as handle:
         decoder = next(site for site in handle.sites if site.is_decoder)
-        decoder.module.register_forward_hook(lambda *call: outputs.append(call[2].detach()))
-        model(input_ids=torch.randint(3, 64, (2, 6)), decoder_input_ids=labels_shifted).logits.sum().backward()
-    noised = (outputs[-1] != model.shared(labels_shifted)).any(-1)
-    assert noised.tolist() == [[True] * 4, [True, True, False, False]]
+        with lookups(decoder.module) as seen:
+            model(input_ids=torch.randint(3, 64, (2, 6)), decoder_input_ids=labels_shifted).logits.sum().backward()
+    assert (seen[-1].noise != 0).any(-1).tolist() == [[True] * 4, [True, True, False, False]]
 
 
 def test_prompt_tuning_noises_real_tokens_only():
@@ -61,14 +58,11 @@ def test_prompt_tuning_noises_real_tokens_only():
     ids = torch.randint(3, VOCAB, (2, 6))
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    outputs = []
     embedding = model.get_base_model().get_input_embeddings()
-    clean = embedding(ids).detach()
-    with attach(model, neftune_noise_alpha=5) as handle:
-        embedding.register_forward_hook(lambda *call: outputs.append(call[2].detach().clone()))
+    with attach(model, neftune_noise_alpha=5) as handle, lookups(embedding) as seen:
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
         assert list(handle.noised_forwards.values()) == [1]
-    noise = outputs[0] - clean
+    noise = seen[0].noise
     assert torch.equal(noise[0, :2], torch.zeros(2, 32))
     assert noise[0, 2:].std().item() == pytest.approx(5 / (3 * 4 * 32) ** 0.5, rel=0.2)
     assert noise[1].std().item() == pytest.approx(5 / (3 * 6 * 32) ** 0.5, rel=0.2)
@@ -87,14 +81,11 @@ def test_composite_model_is_noised_on_its_text_side():
     ids = torch.randint(3, 60, (2, 6))
     ids[0, :2] = 63  # an image
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
-    outputs = []
     with attach(model, neftune_noise_alpha=5) as handle:
         assert [site.path for site in handle.sites] == ["model.language_model.embed_tokens"]
-        embedding = handle.sites[0].module
-        clean = nn.functional.embedding(ids, embedding.weight).detach()
-        embedding.register_forward_hook(lambda *call: outputs.append(call[2].detach().clone()))
-        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-    noise = outputs[0] - clean
+        with lookups(handle.sites[0].module) as seen:
+            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    noise = seen[0].noise
     assert torch.equal(noise[0, :2], torch.zeros(2, 16))
     assert noise[0, 2:].std().item() == pytest.approx(5 / (3 * 4 * 16) ** 0.5, rel=0.25)
     assert torch.equal(noise[1, 3:], torch.zeros(3, 16))
@@ -124,11 +115,42 @@ def test_a_model_that_names_the_table_of_its_audio_codes_is_noised_on_its_text()
         "input_values": torch.randn(2, 1, 640),
         "input_values_cutoffs": torch.tensor([[640], [640]]),
     }
-    outputs = []
-    with attach(model, neftune_noise_alpha=5, neftune_seed=4):
-        model.embed_text_tokens.register_forward_hook(lambda *call: outputs.append(call[2].detach().clone()))
+    with attach(model, neftune_noise_alpha=5, neftune_seed=4), lookups(model.embed_text_tokens) as seen:
         model(**given).loss.backward()
     layout = sequence_layout(ids, given["attention_mask"], token_mask=(ids != 6) & (ids != 7))
     assert layout.lengths[:, 5].tolist() == [4, 6]
-    clean = nn.functional.embedding(ids, model.embed_text_tokens.weight)
-    assert torch.equal(outputs[0], add_noise(clean, layout, 5.0, noise_key(4)))
+    assert torch.equal(seen[0].output, add_noise(seen[0].clean, layout, 5.0, noise_key(4)))
+
+
+def test_a_vision_tower_beside_the_text_is_not_text():
+    config = shrunken_config("idefics3")
+    model = transformers.Idefics3ForConditionalGeneration(config)
+    assert [site.path for site in find_input_embeddings(model)] == ["model.text_model.embed_tokens"]
+    with pytest.raises(EmbeddingNotFoundError):
+        find_input_embeddings(model.model.vision_model)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision, self.text = model.model.vision_model, tiny_llama()
+
+    assert [site.path for site in find_input_embeddings(Wrapped())] == ["text.model.embed_tokens"]
+
+
+def test_an_encoder_whose_shared_table_never_runs_is_noised_where_it_embeds():
+    config = T5Config(vocab_size=VOCAB, d_model=D, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = transformers.T5EncoderModel(config).train()
+    with attach(model, neftune_noise_alpha=5) as handle:
+        model(**BATCH)
+        assert handle.noised_forwards == {"encoder.embed_tokens": 1}
+
+
+class NoEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+
+def test_a_model_without_token_embeddings_is_refused():
+    with pytest.raises(EmbeddingNotFoundError, match=r"`model` is a NoEmbedding .*get_input_embeddings"):
+        attach(NoEmbedding(), neftune_noise_alpha=5)

@@ -1,9 +1,6 @@
 """A sequence has the same noise in any layout and batch, compiled or not, on any number of processes."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,34 +10,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer, attach, kernels
 from neftune_hf.kernels import triton as triton_kernels
 
-from .conftest import ROOT, VOCAB, byte_tokenizer, tiny_llama
-from .helpers import COMMON
+from .conftest import VOCAB, byte_tokenizer, tiny_llama
+from .helpers import COMMON, accelerate_launch, encodings, runs
 
 SEQUENCES = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (4, 9, 1, 6)]
+LENGTHS = [len(sequence) for sequence in SEQUENCES]
+ROW = runs(0, *LENGTHS)
 
 
-def padded(left):
-    width = max(map(len, SEQUENCES))
-    ids, mask = torch.zeros(len(SEQUENCES), width, dtype=torch.long), torch.zeros(len(SEQUENCES), width)
-    for row, sequence in enumerate(SEQUENCES):
-        where = slice(width - len(sequence), None) if left else slice(len(sequence))
-        ids[row, where], mask[row, where] = sequence, 1
-    return [({"input_ids": ids, "attention_mask": mask.long()}, mask.bool())]
-
-
-def packed(**given):
-    ids = torch.cat(SEQUENCES)[None]
-    return [({"input_ids": ids, **given}, torch.ones_like(ids, dtype=torch.bool))]
-
-
-def lengths_to(kind):
-    lengths = torch.tensor([len(sequence) for sequence in SEQUENCES])
-    if kind == "positions":
-        return torch.cat([torch.arange(n) for n in lengths])[None]
-    if kind == "cumulative":
-        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    document = torch.arange(len(lengths)).repeat_interleave(lengths)
-    return ((document[:, None] == document) & torch.ones(lengths.sum(), lengths.sum()).tril().bool())[None, None]
+def placed(sequences, **arguments):
+    """One forward call with SEQUENCES in these places, described by `arguments`, and a mask of the real tokens."""
+    shape = tuple(1 + max(values) for values in zip(*((row, max(columns)) for row, columns in sequences), strict=True))
+    ids, encoded = torch.zeros(shape, dtype=torch.long), encodings(shape, sequences)
+    for tokens, (row, columns) in zip(SEQUENCES, sequences, strict=True):
+        ids[row, list(columns)] = tokens
+    return [({"input_ids": ids} | {name: encoded[key] for name, key in arguments.items()}, encoded["mask"].bool())]
 
 
 def one_by_one(order):
@@ -55,11 +39,11 @@ def one_by_one(order):
 
 # Forward calls, each with a mask of its real tokens; the sequences in order.
 LAYOUTS = {
-    "padded right": padded(left=False),
-    "padded left": padded(left=True),
-    "packed by positions": packed(position_ids=lengths_to("positions")),
-    "padding-free": packed(cu_seq_lens_q=lengths_to("cumulative"), position_ids=lengths_to("positions")),
-    "4-dimensional mask": packed(attention_mask=lengths_to("mask")),
+    "padded right": placed([(row, range(n)) for row, n in enumerate(LENGTHS)], attention_mask="mask"),
+    "padded left": placed([(row, range(9 - n, 9)) for row, n in enumerate(LENGTHS)], attention_mask="mask"),
+    "packed by positions": placed(ROW, position_ids="positions"),
+    "padding-free": placed(ROW, cu_seq_lens_q="cumulative lengths", position_ids="positions"),
+    "4-dimensional mask": placed(ROW, attention_mask="4-dimensional mask"),
     "alone, in micro-batches": one_by_one(range(4)),
 }
 
@@ -141,8 +125,6 @@ def test_a_training_step_has_the_loss_of_the_padded_one(way, padded_step, tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_have_the_loss_of_one(padded_step, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     code = (
         "import os, sys, torch; from tests.test_invariance import sft\n"
         "loss = sft(sys.argv[1], per_device_train_batch_size=2)\n"
@@ -151,13 +133,8 @@ def test_two_processes_have_the_loss_of_one(padded_step, tmp_path):
     )
     script = tmp_path / "run.py"
     script.write_text(code)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*launch, str(script), str(tmp_path / "out")], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("LOSS")]
+    printed = accelerate_launch(script, tmp_path / "out")
+    (line,) = [line for line in printed.splitlines() if line.startswith("LOSS")]
     loss, norm = map(float, line.split()[1:])
     assert loss == pytest.approx(padded_step[0], rel=2e-6)
     assert norm == pytest.approx(padded_step[1], rel=1e-4)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
@@ -16,44 +17,16 @@ from transformers import (
     T5ForConditionalGeneration,
     TrainerCallback,
 )
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-)
-from trl.experimental.kto import KTOConfig, KTOTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer
+from trl.experimental.kto import KTOTrainer
 
-from neftune_hf import NEFTuneTrainerMixin, find_input_embeddings
+from neftune_hf import NEFTuneCallback, NEFTuneTrainerMixin, find_input_embeddings
 from neftune_hf.errors import NEFTuneWarning
 from neftune_hf.trainer import _divides_by_a_clean_pass
 
 from .conftest import VOCAB, byte_tokenizer, leftovers, tiny_llama
-from .helpers import COMMON
-
-PAIRS = {"prompt": ["one", "two"] * 4, "chosen": [" yes", " good day"] * 4, "rejected": [" no", " bye"] * 4}
-LABELLED = {"prompt": ["one", "two"] * 4, "completion": [" yes", " no"] * 4, "label": [True, False] * 4}
-PROMPTS = {"prompt": ["one", "two"] * 4}
-ROLLOUTS = {"max_completion_length": 4, "num_generations": 2, "beta": 0.1, "temperature": 1.0}
-
-
-def by_length(completions, **kwargs):
-    return [float(len(completion)) for completion in completions]
-
-
-TRAINERS = {
-    "DPO": (DPOTrainer, DPOConfig, PAIRS, {}, {}),
-    "DPO, precomputed": (DPOTrainer, DPOConfig, PAIRS, {"precompute_ref_log_probs": True}, {}),
-    "KTO": (KTOTrainer, KTOConfig, LABELLED, {}, {}),
-    "reward": (RewardTrainer, RewardConfig, {k: PAIRS[k] for k in ("chosen", "rejected")}, {}, {}),
-    "GRPO": (GRPOTrainer, GRPOConfig, PROMPTS, ROLLOUTS, {"reward_funcs": by_length}),
-    "GRPO, twice": (GRPOTrainer, GRPOConfig, PROMPTS, ROLLOUTS | {"num_iterations": 2}, {"reward_funcs": by_length}),
-    "RLOO": (RLOOTrainer, RLOOConfig, PROMPTS, ROLLOUTS, {"reward_funcs": by_length}),
-}
+from .helpers import COMMON, alpha_by_row
+from .trl_trainers import PROMPTS, ROLLOUTS, TRAINERS, by_length
 
 
 class Watch(TrainerCallback):
@@ -164,3 +137,32 @@ def test_sequence_to_sequence_with_generation(tmp_path):
         trainer.train()
     assert watch.seen == [(True, True)] * 4
     assert leftovers(model) == []
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_decoder_has_its_labels_lengths_also_where_the_trainer_keeps_them(smoothing, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 256, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=VOCAB, decoder_start_token_id=2, pad_token_id=2, eos_token_id=1, **sizes)
+    model = T5ForConditionalGeneration(config)
+    data = [{"input_ids": [5, 6, 7, 1], "labels": [9, 8, 7, 6, 1]}, {"input_ids": [8, 1], "labels": [5, 1]}]
+    args = Seq2SeqTrainingArguments(str(tmp_path), label_smoothing_factor=smoothing, **(COMMON | {"max_steps": 1}))
+    collator = transformers.DataCollatorForSeq2Seq(byte_tokenizer(), model)
+    trainer = Seq2SeqTrainer(
+        model, args, data_collator=collator, train_dataset=data, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)]
+    )
+    seen = []
+
+    class Late(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            def keep(module, args, output):
+                seen.append((args[0], output.detach() - module.weight[args[0]].detach()))
+
+            model.decoder.embed_tokens.register_forward_hook(keep)
+
+    trainer.add_callback(Late())
+    trainer.train()
+    ((ids, noise),) = seen
+    lengths = [5, 2] if ids[0, 1] == 9 else [2, 5]
+    assert alpha_by_row(noise, lengths) == pytest.approx([5, 5], rel=0.12)
+    assert not noise[lengths.index(2), 2:].any()

@@ -13,6 +13,7 @@ from torch import nn
 from neftune_hf import attach
 
 from .conftest import leftovers, tiny_llama
+from .helpers import lookups
 from .model_types import batch, build, check
 from .shrunken import shrunken_config
 
@@ -171,14 +172,12 @@ def test_a_mixture_of_adapters_is_noised_where_it_learns(tmp_path):
     get_peft_model(tiny_llama(), lora(init_lora_weights=False)).save_pretrained(tmp_path)
     config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"0": str(tmp_path), "1": str(tmp_path)})
     model = get_peft_model(tiny_llama(use_cache=False), config)
-    given, passes = batch(model), []
     with attach(model, neftune_noise_alpha=5) as handle:
         (site,) = handle.sites
-        clean = nn.functional.embedding(given["input_ids"], site.module.weight)
-        site.module.register_forward_hook(lambda module, args, output: passes.append(output.detach().clone()))
-        model.train()(**given).logits.sum().backward()
+        with lookups(site.module) as passes:
+            model.train()(**batch(model)).logits.sum().backward()
         assert handle.noised_forwards == {site.path: 1}
-    assert [torch.equal(output, clean) for output in passes] == [True, False]
+    assert [torch.equal(lookup.output, lookup.clean) for lookup in passes] == [True, False]
 
 
 def test_gradients_equal_finite_differences_in_float64():
@@ -268,12 +267,10 @@ def test_reward_and_value_heads():
 
 def test_a_shadow_of_the_base_gets_the_same_noise():
     model = get_peft_model(tiny_llama(), peft.ShadowConfig(task_type="CAUSAL_LM", r=4))
-    given, passes = batch(model), []
     with attach(model, neftune_noise_alpha=5) as handle:
         (site,) = handle.sites
-        site.module.register_forward_hook(lambda module, args, output: passes.append(output.detach().clone()))
-        model.train()(**given)
-    clean = nn.functional.embedding(given["input_ids"], site.module.weight)
-    assert len(passes) == 2
-    assert torch.equal(*passes)
-    assert not torch.equal(passes[0], clean)
+        with lookups(site.module) as passes:
+            model.train()(**batch(model))
+    first, second = passes
+    assert torch.equal(first.output, second.output)
+    assert not torch.equal(first.output, first.clean)

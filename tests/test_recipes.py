@@ -16,26 +16,16 @@ from trl import SFTConfig, SFTTrainer
 from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer, cli
 
 from .conftest import ROOT, byte_tokenizer, leftovers
-from .records import records, write
+from .helpers import sft_options
+from .records import records
 
 CONFIGS = sorted(file for file in (ROOT / "configs").glob("*.yaml") if file.stem != "quickstart")
-SMALL = {
-    "max_steps": 2, "max_length": 1024, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-    "bf16": "false", "dtype": "float32", "use_cpu": "true", "disable_tqdm": "true", "save_strategy": "no",
-}  # fmt: skip
-
-
-def options(folder: Path, model_folder: str, dataset: str) -> list[str]:
-    """Options for a small run on a few synthetic records with the columns of the data set `dataset`."""
-    small = SMALL | {"model_name_or_path": model_folder, "output_dir": str(folder)}
-    small["dataset_name"] = write(folder / "set.json", records(dataset))
-    return [word for key, value in small.items() for word in (f"--{key}", str(value))]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_runs_for_two_steps(file, tmp_path, model_folder, capsys):
     settings = yaml.safe_load(file.read_text())
-    words = options(tmp_path, model_folder, settings["dataset_name"])
+    words = sft_options(tmp_path, model_folder, settings["dataset_name"])
     assert cli.main(["sft", "--config", str(file), *words]) == 0
     said, symmetric = capsys.readouterr().out, settings.get("neftune_symmetric", False)
     assert f"noised in {4 if symmetric else 2} forward passes" in said
@@ -64,7 +54,9 @@ def test_the_scripts_run_and_are_short(name, dataset, tmp_path, model_folder, mo
     file = ROOT / "scripts" / f"{name}.py"
     assert len(file.read_text().splitlines()) < 50
     config = ROOT / "configs" / f"{name.removeprefix('sft_')}_llama2_7b.yaml"
-    monkeypatch.setattr(sys, "argv", [str(file), "--config", str(config), *options(tmp_path, model_folder, dataset)])
+    monkeypatch.setattr(
+        sys, "argv", [str(file), "--config", str(config), *sft_options(tmp_path, model_folder, dataset)]
+    )
     seen = {}
     train = NEFTuneSFTTrainer.train
 
@@ -84,7 +76,7 @@ def test_the_scripts_run_and_are_short(name, dataset, tmp_path, model_folder, mo
 def test_the_card_and_an_adapter_that_needs_nothing_of_ours(tmp_path, model_folder):
     out = tmp_path / "out"
     words = ["--config", str(ROOT / "configs" / "alpaca_qwen3.yaml"), "--neftune_seed", "7", "--packing", "false"]
-    words += options(tmp_path, model_folder, "tatsu-lab/alpaca")
+    words += sft_options(tmp_path, model_folder, "tatsu-lab/alpaca")
     assert cli.main(["sft", *words, "--output_dir", str(out)]) == 0
     card = ModelCard.load(out / "README.md")
     assert {"neftune", "sft", "trl"} <= set(card.data.tags)

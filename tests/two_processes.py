@@ -1,4 +1,4 @@
-"""Started by `accelerate launch` in test_distributed: one process of a data-parallel run, which saves its results."""
+"""Started by `accelerate launch` in test_train_ranks: one process of a data-parallel run, which saves its results."""
 
 import contextlib
 import os
@@ -10,8 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 import neftune_hf.trainer
 from tests.conftest import tiny_llama
-from tests.helpers import MixedTrainer, Probe, losses, make
-from tests.test_pairs import Gradients
+from tests.helpers import Gradients, MixedTrainer, Probe, losses, make
 
 
 def main(kind: str, folder: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from neftune_hf.cli import main
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
+from ..helpers import cpu_environment as environment
 from ..records import records, write
-from ..test_accelerate_configs import environment
 
 SETTINGS = """
 dataset_name: {data}

@@ -16,8 +16,8 @@ from neftune_hf.cli import main, recipes
 from neftune_hf.cli.data import load_instructions, to_prompt_completion
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
+from ..helpers import COMMON, losses
 from ..records import records, write
-from ..test_trainer import COMMON, losses
 
 RECORDS = records("tatsu-lab/alpaca", count=4)
 

@@ -4,12 +4,13 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neftune_hf import sequence_lengths
 from neftune_hf.errors import NEFTuneWarning
 from neftune_hf.layout import arguments_of_call, layout_of_call, sequence_layout
 
-from .helpers import CALLS, _square, expected_layout
+from .helpers import CALLS, encodings, expected_layout, square_mask
 
 
 def lengths_of_call(given, ids, **about_the_site):
@@ -19,59 +20,42 @@ def lengths_of_call(given, ids, **about_the_site):
     return (lengths.T if call.is_time_major else lengths).reshape(ids.shape)
 
 
-# (documents of each row as lists of real-token counts, with None for one padding token)
-LAYOUTS = {
-    "unpadded": [[5], [5]],
-    "right padding": [[3, None, None], [5]],
-    "left padding": [[None, None, 3], [5]],
-    "both sides": [[None, 3, None], [None, None, None, None, 1]],
-    "all padding": [[None, None], [2]],
-    "packed": [[2, 3, 1]],
-    "packed, two rows": [[2, 3, 1], [6]],
-    "packed with padding": [[2, 3, None], [4, 1, None]],
-    "documents of one token": [[1, 1, 1]],
-    "a single token": [[1]],
-}
+# Layouts that a mask, positions, cumulative lengths or a 4-dimensional mask can describe.
+UNPACKED = (
+    "unpadded", "right padding", "left padding", "padding on both sides", "a row of padding", "a single token",
+)  # fmt: skip
+PACKED = ("packed", "packed, one row of positions", "packed and padded", "documents of one token")
+UNPADDED = ("unpadded", "packed", "packed, one row of positions", "documents of one token", "a single token")
 
 
-def build(rows):
-    """Expected lengths, mask and positions of a layout."""
-    lengths, mask, positions = [], [], []
-    for row in rows:
-        lengths.append([n or 0 for n in row for _ in range(n or 1)])
-        mask.append([int(n is not None) for n in row for _ in range(n or 1)])
-        positions.append([p for n in row for p in range(n or 1)])
-    return torch.tensor(lengths), torch.tensor(mask), torch.tensor(positions)
+def encoded(name, **options):
+    ids, _, sequences = CALLS[name]
+    return encodings(ids.shape, sequences, **options)
 
 
-def is_packed(rows):
-    return any(sum(n is not None for n in row) > 1 for row in rows)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_mask_and_positions(name):
-    lengths, mask, positions = build(LAYOUTS[name])
-    found = sequence_lengths(lengths.shape, attention_mask=mask, position_ids=positions)
-    assert found.tolist() == lengths.tolist()
+@pytest.mark.parametrize("name", UNPACKED + PACKED)
+def test_lengths_by_a_mask_and_positions(name):
+    known = encoded(name)
+    found = sequence_lengths(known["mask"].shape, attention_mask=known["mask"], position_ids=known["positions"])
+    assert found.tolist() == known["lengths"].tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
-@pytest.mark.parametrize("name", [name for name, rows in LAYOUTS.items() if not is_packed(rows)])
-def test_mask_alone(name, dtype):
-    lengths, mask, _ = build(LAYOUTS[name])
-    assert sequence_lengths(lengths.shape, attention_mask=mask.to(dtype)).tolist() == lengths.tolist()
+@pytest.mark.parametrize("name", UNPACKED)
+def test_lengths_by_a_mask_alone(name, dtype):
+    known = encoded(name)
+    found = sequence_lengths(known["mask"].shape, attention_mask=known["mask"].to(dtype))
+    assert found.tolist() == known["lengths"].tolist()
 
 
-@pytest.mark.parametrize("name", [name for name, rows in LAYOUTS.items() if not any(None in row for row in rows)])
-def test_positions_alone_and_bounds_alone(name):
-    rows = LAYOUTS[name]
-    lengths, _, positions = build(rows)
-    assert sequence_lengths(lengths.shape, position_ids=positions).tolist() == lengths.tolist()
-    bounds = torch.tensor([0, *(n for row in rows for n in row)]).cumsum(0).to(torch.int32)
-    assert sequence_lengths(lengths.shape, cu_seq_lens_q=bounds).tolist() == lengths.tolist()
+@pytest.mark.parametrize("name", UNPADDED)
+def test_lengths_by_positions_alone_and_by_cumulative_lengths_alone(name):
+    known = encoded(name)
+    for arguments in ({"position_ids": known["positions"]}, {"cu_seq_lens_q": known["cumulative lengths"]}):
+        assert sequence_lengths(known["lengths"].shape, **arguments).tolist() == known["lengths"].tolist()
 
 
-def test_bounds_and_mask():
+def test_lengths_by_cumulative_lengths_and_a_mask():
     bounds, mask = torch.tensor([0, 2, 5]), torch.tensor([[1, 1, 0, 1, 1, 0, 0]])  # padding inside and at the end
     found = sequence_lengths((1, 7), cu_seq_lens_q=bounds, attention_mask=mask)
     assert found.tolist() == [[2, 2, 0, 2, 2, 0, 0]]
@@ -80,31 +64,29 @@ def test_bounds_and_mask():
 @pytest.mark.parametrize("with_positions", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("additive", [True, False])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_square_mask(name, causal, additive, with_positions):
-    lengths, mask, positions = build(LAYOUTS[name])
-    documents = torch.tensor([[i for i, n in enumerate(row) for _ in range(n or 1)] for row in LAYOUTS[name]])
-    kept = (documents[:, :, None] == documents[:, None, :]) & mask[:, None, :].bool()
-    if causal:
-        kept = kept.tril()
-    square = torch.zeros(kept.shape).masked_fill(~kept, torch.finfo(torch.float32).min) if additive else kept
-    positions = positions if with_positions else None
-    found = sequence_lengths(lengths.shape, attention_mask=square[:, None], position_ids=positions)
-    assert found.tolist() == lengths.tolist()
+@pytest.mark.parametrize("name", UNPACKED + PACKED)
+def test_lengths_by_a_4_dimensional_mask(name, causal, additive, with_positions):
+    known = encoded(name, causal=causal)
+    mask = known["4-dimensional mask"]
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    positions = known["positions"] if with_positions else None
+    found = sequence_lengths(known["lengths"].shape, attention_mask=mask, position_ids=positions)
+    assert found.tolist() == known["lengths"].tolist()
 
 
 def test_positions_of_one_row_serve_the_batch():
     assert sequence_lengths((2, 3), position_ids=torch.tensor([[0, 1, 2]])).tolist() == [[3] * 3] * 2
 
 
-def test_left_padding_with_positions_that_run_on():
+def test_left_padding_with_any_positions_on_the_padding():
     mask = torch.tensor([[0, 0, 1, 1, 1]])
     for positions in ([[0, 1, 2, 3, 4]], [[1, 1, 0, 1, 2]], [[0, 0, 0, 1, 2]]):
         found = sequence_lengths((1, 5), attention_mask=mask, position_ids=torch.tensor(positions))
         assert found.tolist() == [[0, 0, 3, 3, 3]]
 
 
-def test_mask_wider_than_the_ids_and_narrower():
+def test_a_mask_wider_than_the_ids_and_one_narrower():
     wider = torch.tensor([[1, 1, 1, 1, 0]])  # preceded by two virtual or cached tokens
     assert sequence_lengths((1, 3), attention_mask=wider).tolist() == [[2, 2, 0]]
     narrower = torch.tensor([[1, 1, 0]])  # the model pads its ids to a window
@@ -182,7 +164,7 @@ def test_places_that_features_overwrite_do_not_count(given, replaced):
     [
         ([5, 6, 9, 9, 8, 4], {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])}, [[0, 1], [4, 5]]),
         ([9, 5, 9, 9, 6], {"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, [[1], [4]]),
-        ([5, 9, 9, 9, 6], {"attention_mask": _square(5, window=2)}, [[0, 4]]),
+        ([5, 9, 9, 9, 6], {"attention_mask": square_mask(5, window=2)}, [[0, 4]]),
         ([5, 9, 6], {"cu_seq_lens_q": torch.tensor([0, 1, 3])}, [[0], [2]]),
         ([5, 9, 6], {"attention_mask": torch.tensor([[1, 2, 2]])}, [[0], [2]]),
     ],
@@ -208,7 +190,7 @@ def test_layout_of_every_kind_of_call(name):
         assert not part[~real].any()
 
 
-def test_an_empty_batch():
+def test_the_layout_of_an_empty_batch():
     for shape in ((0, 5), (2, 0)):
         assert sequence_layout(torch.zeros(shape, dtype=torch.int64)).lengths.shape == shape
 
@@ -245,6 +227,39 @@ def test_a_decoder_without_a_mask_has_the_lengths_of_its_labels(labels):
 
 
 @pytest.mark.parametrize("given", [{}, {"attention_mask": {"full": 1}}, {"position_ids": torch.zeros(3, 2, 4)}])
-def test_nothing_to_go_by_is_the_width_with_a_warning(given):
+def test_without_layout_arguments_the_length_is_the_width_with_a_warning(given):
     with pytest.warns(NEFTuneWarning, match="padded width"):
         assert lengths_of_call(given, torch.zeros(2, 4, dtype=torch.int64)).tolist() == [[4] * 4] * 2
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on operations whose result the host must wait for: values, and shapes that depend on values."""
+
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "repeat_interleave", "_unique2", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        waits = name in self.WAITS
+        if name in ("index", "index_put", "index_put_"):
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        assert not waits, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*CALLS, "labels"])
+def test_no_layout_waits_for_the_device(name):
+    if name == "labels":
+        ids, given, about = torch.ones(2, 6, dtype=torch.long), {"labels": torch.ones(2, 6)}, {"is_decoder": True}
+    else:
+        (ids, given, _), about = CALLS[name], {}
+    with NoSynchronisation():
+        layout = layout_of_call(arguments_of_call(given, ids, **about))
+    assert layout.lengths.shape == ids.shape
+
+
+@pytest.mark.parametrize(
+    "operation", [torch.Tensor.item, torch.Tensor.__bool__, torch.nonzero, torch.unique, lambda x: x[x > 0]]
+)
+def test_the_check_for_synchronisations_sees_one(operation):
+    with NoSynchronisation(), pytest.raises(AssertionError, match="waits for the device"):
+        operation(torch.ones(1))

@@ -32,72 +32,32 @@ from neftune_hf import (
     find_input_embeddings,
 )
 from neftune_hf.errors import NoNoiseError
-from neftune_hf.kernels import add_noise_to_call, cpu
-from neftune_hf.layout import layout_of_call, sequence_layout
-from neftune_hf.noise import NOISE_TYPES, noise_key
+from neftune_hf.layout import sequence_layout
+from neftune_hf.noise import noise_key
 from neftune_hf.trainer import add_to_card
 
 from .conftest import VOCAB, byte_tokenizer, leftovers, tiny_llama, token_dataset
-from .helpers import COMMON, MixedTrainer, Probe, losses, make, train
-from .test_kernels import batch, by_triton, needs_compiler
-from .test_other_trainers import TRAINERS
+from .helpers import COMMON, IDS, LABELLED_BATCH, Gradients, MixedTrainer, Probe, embedded, losses, make, train
+from .trl_trainers import TRAINERS
 
 PAIRS = {"neftune_noise_alpha": 5, "neftune_symmetric": True}
-IDS = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
-GIVEN = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]), "labels": IDS}
-
-
-@pytest.mark.parametrize("path", ["reference", "blocks", "triton", pytest.param("compiled", marks=needs_compiler)])
-@pytest.mark.parametrize("noise_type", NOISE_TYPES)
-def test_the_two_noises_sum_to_zero(path, noise_type, monkeypatch):
-    if path == "triton" and noise_type == "gaussian":
-        pytest.skip("the plain formula does it")
-    monkeypatch.setattr(cpu, "_BLOCK", 1000)
-    _, call = batch(3, 17, 33)
-    layout, zeros, halves = layout_of_call(call), torch.zeros(3, 17, 33), []
-
-    def noised(zeros, alpha):
-        power = torch.zeros(2)
-        return add_noise_to_call(zeros, call, alpha, torch.tensor(noise_key(1)), noise_type, power), power
-
-    torch._dynamo.reset()
-    compiled = torch.compile(noised, fullgraph=True)
-    for alpha in (5.0, -5.0):
-        if path == "reference":
-            halves.append((add_noise(zeros, layout, alpha, noise_key(1), noise_type), None))
-        elif path == "triton":
-            halves.append(by_triton(zeros, call, noise_type, alpha))
-        else:
-            halves.append((compiled if path == "compiled" else noised)(zeros, torch.tensor(alpha)))
-    (plus, power), (minus, other) = halves
-    assert plus[layout.lengths > 0].abs().min() > 0
-    assert torch.equal(plus, -minus)
-    assert power is None or torch.equal(power, other)  # the same size
-    if path == "compiled":
-        torch.testing.assert_close(plus, add_noise(zeros, layout, 5.0, noise_key(1), noise_type))
-
-
-def embedded(model):
-    probe = Probe(model)
-    model(**GIVEN)
-    return probe.training[-1][1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_handle_negates_and_restores(dtype):
     model = tiny_llama(attention_dropout=0.0).to(dtype).train()
     clean = model.get_input_embeddings().weight[IDS]
-    layout = sequence_layout(IDS, attention_mask=GIVEN["attention_mask"])
+    layout = sequence_layout(IDS, attention_mask=LABELLED_BATCH["attention_mask"])
     with attach(model, neftune_seed=3, **PAIRS) as handle:
-        first = embedded(model)
+        first = embedded(model, **LABELLED_BATCH)
         with handle.negated():
-            second = embedded(model)
+            second = embedded(model, **LABELLED_BATCH)
             with handle.negated():
-                assert torch.equal(embedded(model), second)
-            assert torch.equal(embedded(model), second)
+                assert torch.equal(embedded(model, **LABELLED_BATCH), second)
+            assert torch.equal(embedded(model, **LABELLED_BATCH), second)
         with pytest.raises(ZeroDivisionError), handle.negated():
             _ = 1 / 0
-        assert torch.equal(embedded(model), first)
+        assert torch.equal(embedded(model, **LABELLED_BATCH), first)
         assert (handle.step, handle.alpha) == (0, 5)
         assert handle.noised_forwards == {"model.embed_tokens": 5}
     assert torch.equal(first, add_noise(clean, layout, 5.0, noise_key(3)))
@@ -117,16 +77,16 @@ def test_a_step_by_hand_is_that_of_the_doubled_batch_with_both_signs():
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (pairs, reference)]
     signs = torch.tensor([1, 1, -1, -1])[:, None, None]
     zeros = torch.zeros(*IDS.shape, 32, dtype=torch.float64)
-    layout = sequence_layout(IDS, attention_mask=GIVEN["attention_mask"])
+    layout = sequence_layout(IDS, attention_mask=LABELLED_BATCH["attention_mask"])
     with attach(pairs, neftune_seed=3, **PAIRS) as handle:
         for step in range(3):
             noise = add_noise(zeros, layout, 5.0, noise_key(3, step)).repeat(2, 1, 1) * signs
             hook = reference.get_input_embeddings().register_forward_hook(lambda m, a, e, noise=noise: e + noise)
-            reference(**doubled(GIVEN)).loss.backward()
+            reference(**doubled(LABELLED_BATCH)).loss.backward()
             hook.remove()
-            (pairs(**GIVEN).loss / 2).backward()
+            (pairs(**LABELLED_BATCH).loss / 2).backward()
             with handle.negated():
-                (pairs(**GIVEN).loss / 2).backward()
+                (pairs(**LABELLED_BATCH).loss / 2).backward()
                 for a, b in zip(pairs.parameters(), reference.parameters(), strict=True):
                     torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-13)
                 if step == 1:
@@ -143,11 +103,11 @@ def test_half_a_pair_is_refused():
     model = tiny_llama().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with attach(model, **PAIRS) as handle:
-        model(**GIVEN).loss.backward()
+        model(**LABELLED_BATCH).loss.backward()
         with pytest.raises(NoNoiseError, match=r"without a pass with e - s.*handle\.negated"):
             optimizer.step()
         with handle.negated():
-            model(**GIVEN).loss.backward()
+            model(**LABELLED_BATCH).loss.backward()
         optimizer.step()
         assert handle.step == 1
     with (
@@ -157,7 +117,7 @@ def test_half_a_pair_is_refused():
     ):
         pass
     with attach(model, neftune_symmetric=True) as handle, handle.negated():  # off: there is nothing to negate
-        model(**GIVEN).loss.backward()
+        model(**LABELLED_BATCH).loss.backward()
         optimizer.step()
 
 
@@ -177,7 +137,7 @@ def test_a_checkpoint_repeats_its_pass_with_its_sign():
         return [p.grad for p in model.parameters()]
 
     def plain(model):
-        return model(**GIVEN).loss
+        return model(**LABELLED_BATCH).loss
 
     def checkpointed(model):
         return checkpoint(lambda: plain(model), use_reentrant=False)
@@ -200,12 +160,12 @@ def test_a_compiled_model_has_no_further_graph():
         with attach(compiled, neftune_noise_alpha=5, neftune_symmetric=symmetric) as handle:
             for step in range(3):
                 handle.set_step(step)
-                compiled(**GIVEN).loss.backward()
+                compiled(**LABELLED_BATCH).loss.backward()
                 if symmetric:
-                    seen.append(compiled(**GIVEN).logits.detach())
+                    seen.append(compiled(**LABELLED_BATCH).logits.detach())
                     with handle.negated():
-                        seen.append(compiled(**GIVEN).logits.detach())
-                        compiled(**GIVEN).loss.backward()
+                        seen.append(compiled(**LABELLED_BATCH).logits.detach())
+                        compiled(**LABELLED_BATCH).loss.backward()
         counts.append(counter.frame_count)
     assert counts[0] == counts[1] > 0
     for plus, minus in zip(seen[::2], seen[1::2], strict=True):
@@ -213,23 +173,10 @@ def test_a_compiled_model_has_no_further_graph():
     with attach(model, neftune_seed=handle.config.neftune_seed, **PAIRS) as eager:
         eager.set_step(2)
         with eager.negated():
-            torch.testing.assert_close(seen[-1], model(**GIVEN).logits.detach())
+            torch.testing.assert_close(seen[-1], model(**LABELLED_BATCH).logits.detach())
 
 
 # Trainers: the gradients of each step, compared with two passes by hand, and with the doubled batch.
-
-
-class Gradients(TrainerCallback):
-    """Records the gradients that the optimizer gets in each step."""
-
-    def __init__(self, scale=1.0):
-        self.scale, self.seen = scale, []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad *= self.scale
-        self.seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 class Noise(TrainerCallback):
