@@ -49,6 +49,7 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=2048
     )
+    assert len(fast) <= VOCAB
     if chat:
         fast.chat_template = (
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"

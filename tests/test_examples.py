@@ -61,7 +61,7 @@ def names(tmp_path, monkeypatch) -> dict:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_example(example, names):
+def test_python_examples_run(example, names):
     code = EXAMPLES[example]
     if "from lightning.fabric" in code:
         pytest.importorskip("lightning")
@@ -76,7 +76,7 @@ def test_example(example, names):
 
 
 @pytest.mark.parametrize("example", COMMANDS)
-def test_command(example, names, capsys):
+def test_commands_exist_with_their_options(example, names, capsys):
     code = COMMANDS[example]
     assert subprocess.run(["bash", "-n"], input=code, text=True).returncode == 0
     lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
@@ -103,7 +103,7 @@ def check_command(name: str, words: list[str], capsys) -> None:
 
 
 @pytest.mark.parametrize("example", SETTINGS)
-def test_settings(example, names, tmp_path):
+def test_settings_are_fields_of_the_command(example, names, tmp_path):
     settings = yaml.safe_load(SETTINGS[example])
     for plugin in settings.pop("plugins", ()):
         assert find_spec(plugin.rpartition(".")[0])

@@ -256,7 +256,7 @@ def test_the_test_of_independence_sees_bad_generators():
     assert is_independent(dependence(torch.rand(1024, 1024, generator=torch.Generator().manual_seed(2)) * 2 - 1))
 
 
-def test_pairs_are_uniform():
+def test_pairs_of_neighbouring_draws_are_uniform():
     u = unit_noise_of(20, 128, 4096, seed=11)
     for first, second in ((u[:, :-1], u[:, 1:]), (u[:-1], u[1:])):
         cells = ((first + 1) * 16).long() * 32 + ((second + 1) * 16).long()
@@ -265,7 +265,7 @@ def test_pairs_are_uniform():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_schedule(schedule):
+def test_alpha_by_schedule(schedule):
     values = [scheduled_alpha(10.0, schedule, step, 100) for step in range(101)]
     assert values[0] == 10.0
     if schedule == "constant":

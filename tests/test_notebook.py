@@ -10,14 +10,14 @@ from .records import records, write
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 
-def test_it_is_committed_without_outputs():
+def test_the_notebook_is_committed_without_outputs():
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     assert cells
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path, model_folder, monkeypatch):
+def test_the_notebook_runs(tmp_path, model_folder, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("NEFTUNE_QUICKSTART_MODEL", model_folder)

@@ -24,7 +24,7 @@ def patched():
     undo()
 
 
-def test_the_key_alone_is_ours_and_the_patch_can_be_taken_back(tmp_path, patched):
+def test_the_patch_replaces_the_built_in_and_can_be_taken_back(tmp_path, patched):
     assert neftune_hf.patch_transformers() is patched
     ours, reference = make(tmp_path, alpha=5), make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
     mixed, off = make(tmp_path, MixedTrainer, alpha=5), make(tmp_path)
@@ -48,7 +48,7 @@ def test_a_tool_may_replace_the_list_of_default_callbacks(tmp_path, patched, mon
     assert all("neftune/alpha" in entry for entry in ours.state.log_history if "loss" in entry)
 
 
-def test_after_a_fault_the_next_run_is_right(tmp_path, patched):
+def test_after_a_fault_the_patchs_next_run_is_right(tmp_path, patched):
     model = tiny_llama()
     fault = model.lm_head.weight.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -61,7 +61,7 @@ def test_after_a_fault_the_next_run_is_right(tmp_path, patched):
     assert leftovers(model) == []
 
 
-def test_trls_own_command(tmp_path, model_folder):
+def test_trls_own_command_with_the_patch(tmp_path, model_folder):
     rows = [{"prompt": "Say one.", "completion": " one"}, {"prompt": "Say twenty.", "completion": " twenty"}] * 4
     folder = tmp_path / "set"
     folder.mkdir()
@@ -81,7 +81,7 @@ def test_trls_own_command(tmp_path, model_folder):
     assert "on model.embed_tokens (Embedding, d=32); replaces transformers' built-in" in result.stderr
 
 
-def test_axolotls_plugin(tmp_path, monkeypatch):
+def test_axolotls_plugin_trains_as_the_callback(tmp_path, monkeypatch):
     """With axolotl's base class if it is installed, else with a stub that has the one method used."""
     try:
         from axolotl.integrations.base import BasePlugin

@@ -14,36 +14,20 @@ from peft import LoraConfig, get_peft_model
 from neftune_hf import NEFTuneError, attach
 from neftune_hf.handle import attached_handle
 
-from .conftest import VOCAB, D, leftovers, tiny_llama
-from .helpers import MixedTrainer, losses, make, train
-
-IDS = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
-GIVEN = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+from .conftest import D, leftovers, tiny_llama
+from .helpers import BATCH, MixedTrainer, embedded, losses, make, train
 
 
 def lora():
     return LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
 
 
-def embedded(model):
-    """The output of the model's token embedding in a forward pass."""
-    outputs = []
-    embedding = model.get_input_embeddings()
-    probe = embedding.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
-    try:
-        model(**GIVEN)
-    finally:
-        probe.remove()
-    return outputs[0]
-
-
 def noise(model):
     """The noise in a training forward: its difference from evaluation."""
-    noisy, clean = embedded(model.train()), embedded(model.eval())
-    return noisy - clean
+    return embedded(model.train(), **BATCH) - embedded(model.eval(), **BATCH)
 
 
-class Life(RuleBasedStateMachine):
+class Operations(RuleBasedStateMachine):
     handles = Bundle("handles")
 
     @initialize()
@@ -88,7 +72,7 @@ class Life(RuleBasedStateMachine):
 
         broken = self.model.get_submodule("base_model.model.model.layers.0").register_forward_pre_hook(stop)
         try:
-            self.model.train()(**GIVEN)
+            self.model.train()(**BATCH)
         except KeyboardInterrupt:
             pass
         finally:
@@ -134,8 +118,8 @@ class Life(RuleBasedStateMachine):
             assert not row[length:].any()
 
 
-TestLife = pytest.mark.slow(Life.TestCase)
-TestLife.settings = settings(
+TestRandomOperations = pytest.mark.slow(Operations.TestCase)
+TestRandomOperations.settings = settings(
     max_examples=20, stateful_step_count=12, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
