@@ -13,7 +13,10 @@ from .patch import PatchedCallback
 
 
 class NEFTunePlugin(BasePlugin):
-    """Adds a [`NEFTuneCallback`], which reads alpha from the trainer's args, to axolotl's trainer."""
+    """Adds a [`NEFTuneCallback`] to axolotl's trainer.
+
+    It reads alpha from axolotl's config, because axolotl's builders for `rl` do not pass it on to the trainer's args.
+    """
 
     def add_callbacks_pre_trainer(self, cfg, model):
-        return [PatchedCallback()]
+        return [PatchedCallback(neftune_noise_alpha=cfg.neftune_noise_alpha)]

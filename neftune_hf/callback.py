@@ -1,24 +1,21 @@
 """NEFTune in any Trainer: the hooks are on from `on_step_begin` until the step's last backward pass has run."""
 
 import logging
-import weakref
-from collections.abc import Callable
+import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import transformers.trainer
+import torch
 from torch import nn
-from transformers import TrainerCallback
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from .config import NEFTuneConfig, merge
-from .distributed import summed_over_ranks
-from .errors import NEFTuneError
-from .handle import NEFTuneHandle, attached_handle, decibels
+from .distributed import sum_over_ranks
+from .errors import NEFTuneError, NEFTuneWarning
+from .handle import NEFTuneHandle, decibels
+from .integration import TrainerOwner, remove_builtin
+from .noise import rounding_snr_db
 
 logger = logging.getLogger(__name__)
-in_every_trainer: list[type[TrainerCallback]] = []  # added to each Trainer, ahead of the reporters in `report_to`
-_callbacks: "weakref.WeakSet[NEFTuneCallback]" = weakref.WeakSet()
 
 
 class NEFTuneRun(NamedTuple):
@@ -27,17 +24,17 @@ class NEFTuneRun(NamedTuple):
     Attributes:
         config: The settings, merged with the trainer's.
         embeddings: Descriptions of the embeddings, by path.
-        noised_forwards: Noised forward passes of each embedding, by path.
+        noised_steps: The number of steps with noise on each embedding, by path.
         snr_db: Signal-to-noise ratio since the last log; None if there was no pass.
     """
 
     config: NEFTuneConfig
     embeddings: dict[str, str]
-    noised_forwards: dict[str, int]
+    noised_steps: dict[str, int]
     snr_db: float | None
 
 
-class NEFTuneCallback(TrainerCallback):
+class NEFTuneCallback(TrainerOwner):
     """NEFTune for any `transformers.Trainer`.
 
     The hooks are on from `on_step_begin` until the last backward pass of the step has run, so evaluation, prediction,
@@ -51,7 +48,7 @@ class NEFTuneCallback(TrainerCallback):
     until [`detach`] is called; [`NEFTuneTrainerMixin`] calls it for you.
 
     Each training log gets `neftune/alpha` and `neftune/snr_db`, the signal-to-noise ratio: 10 * log10 of the power of
-    the embeddings over that of the noise, measured on a sample of the real tokens since the last log.
+    the embeddings over that of the noise, over all real tokens since the last log.
 
     Args:
         **fields: The fields of [`NEFTuneConfig`].
@@ -78,52 +75,32 @@ class NEFTuneCallback(TrainerCallback):
 
     _level = logging.INFO  # of the message logged when a run begins
 
+    _level = logging.INFO  # of the message logged when a run begins
+    handle: NEFTuneHandle | None = None
+    run: NEFTuneRun | None = None
+    can_pass_twice = False  # set by NEFTuneTrainerMixin
+    _snr_db: float | None = None  # over all ranks, for the next log
+    _is_first_step = False
+
     def __init__(self, **fields: Any):
         NEFTuneConfig(**fields)
         self.fields = fields
-        self.handle: NEFTuneHandle | None = None
-        self.run: NEFTuneRun | None = None
-        self.on_resolved: Callable[[NEFTuneConfig], None] = _refuse_pairs  # replaced by the mixin
-        self._of_trainer: Callable[[], Any] = _none  # weak references to the trainer's control and model
-        self._of_model: Callable[[], Any] = _none
-        self._gives_way = False
-        self._is_warned = False
-        self._ratio: float | None = None  # over all ranks, for the next log
-        prepare_transformers()
-        _callbacks.add(self)
 
-    def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
+    def on_init_end(self, args, state, control, **kwargs):
         merge(self.fields, args)
-        for other in list(_callbacks):
-            if other is not self and other._of_trainer() is control:
-                if not other._gives_way:
-                    raise NEFTuneError(
-                        "`callbacks` has two `NEFTuneCallback`s, which would add the noise twice. Remove one."
-                    )
-                other._of_trainer = other._of_model = _none
-        self._of_trainer = weakref.ref(control)
-        self._of_model = _none if model is None else weakref.ref(model)
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        if self._gives_way and self._of_trainer() is not control:  # the trainer has the user's callback
-            return
         self.detach()
-        replaced = _remove_builtin(model)
-        self.on_init_end(args, state, control, model)
+        replaces_builtin = remove_builtin(model) or args.neftune_noise_alpha
         config = merge(self.fields, args)
         if config.neftune_seed is None:
             config = replace(config, neftune_seed=args.seed)
-        self.on_resolved(config)
-        if config.enabled and args.n_gpu > 1:
-            raise NEFTuneError(
-                f"`args` has {args.n_gpu} GPUs in one process, and NEFTune does not support `torch.nn.DataParallel`, "
-                "which runs copies of the model in threads. Start one process per GPU with `accelerate launch`, or "
-                "make only one GPU visible with CUDA_VISIBLE_DEVICES."
-            )
+        self._refuse(config, args)
         self.handle = NEFTuneHandle(model, config, follows_optimizer=False)
-        self._is_warned = False
+        self._is_first_step = True
         self._record_run()
         if self.handle.sites and state.is_world_process_zero:
+            _warn_of_data(config, args)
             logger.log(
                 self._level,
                 "NEFTune: %s noise, alpha %g (%s), on %s%s%s",
@@ -132,7 +109,7 @@ class NEFTuneCallback(TrainerCallback):
                 config.neftune_schedule,
                 ", ".join(map(str, self.handle.sites)),
                 "; symmetric pairs: two passes per step" if config.neftune_symmetric else "",
-                "; replaces transformers' built-in" if replaced or args.neftune_noise_alpha else "",
+                "; replaces transformers' built-in" if replaces_builtin else "",
             )
 
     def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
@@ -150,51 +127,36 @@ class NEFTuneCallback(TrainerCallback):
         if self.handle is not None:
             self.handle.remove()
             self.handle.check_noised()
+            self.handle.end_step()
             self._measure(args, control)
-            if state.is_world_process_zero and not self._is_warned:
-                self._is_warned = True
-                self._warn_if_loud()
+            if state.is_world_process_zero and self._is_first_step:
+                self._warn_of_size(args)
+            self._is_first_step = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.handle is not None:
-            self.handle.remove()  # a step that a callback interrupts has no `on_step_end`
+        if self.handle is not None:  # a step that a callback interrupts has no `on_step_end`
+            self.handle.remove()
+            self.handle.end_step()
             self._measure(args, control)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.detach()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.write_metrics(logs, state)
-
-    def _measure(self, args, control) -> None:
-        """Sum over all ranks if the Trainer is about to log: it does so on every rank, a user's own code may not."""
-        if self.handle is not None and control.should_log and self.handle.config.enabled:
-            self._ratio = decibels(summed_over_ranks(self.handle.power(args.device)))
-
-    def _warn_if_loud(self) -> None:
-        """Warn after the first step: the ratio depends on the sequence lengths, so it is not known earlier."""
-        if self.handle is not None and (snr := self.handle.snr_db or 0.0) < 0:
-            logger.warning(
-                "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step had %.3g times the RMS of the "
-                "embeddings (SNR %+.1f dB): it is larger than what it is added to. Lower alpha; the paper used 5, 10 "
-                "and 15. `neftune-hf inspect MODEL` prints the ratio before a run.",
-                self.handle.config.neftune_noise_alpha,
-                10 ** (-snr / 20),
-                snr,
-            )
-
     def write_metrics(self, logs: dict[str, float], state) -> None:
         """Add alpha and the ratio since the last log to a training log and its entry in the log history, once."""
         if self.handle is None or not self.handle.sites or "loss" not in logs or "neftune/alpha" in logs:
             return
-        logs["neftune/alpha"] = self.handle.alpha
-        ratio = self.handle.snr_db if self._ratio is None else self._ratio
-        if ratio is not None:
-            logs["neftune/snr_db"] = ratio
-        self._ratio = None
-        self.handle.reset_power()
-        if state.log_history:
-            state.log_history[-1].update({name: logs[name] for name in logs if name.startswith("neftune/")})
+        entry = state.log_history[-1] if state.log_history else {}
+        if not all(name in entry and entry[name] is value for name, value in logs.items()):
+            return  # from other code than the Trainer's
+        metrics = {"neftune/alpha": self.handle.alpha}
+        snr_db = self.handle.snr_db if self._snr_db is None else self._snr_db
+        if snr_db is not None:
+            metrics["neftune/snr_db"] = snr_db
+        logs.update(metrics)
+        entry.update(metrics)
+        self._snr_db = None
+        self.handle.reset_power_sums()
 
     def detach(self) -> None:
         """Remove the hooks and drop the model. Can be called at any time."""
@@ -203,85 +165,67 @@ class NEFTuneCallback(TrainerCallback):
             self._record_run()
             self.handle = None
 
-    def _record_run(self) -> None:
-        if (handle := self.handle) is None:
+    def _refuse(self, config: NEFTuneConfig, args) -> None:
+        if config.enabled and config.neftune_symmetric and not self.can_pass_twice:
+            raise NEFTuneError(
+                "`neftune_symmetric` is True, but a callback cannot pass a batch twice. Use `NEFTuneSFTTrainer` or "
+                "`class MyTrainer(NEFTuneTrainerMixin, Trainer)`, or set `neftune_symmetric=False`."
+            )
+        if config.enabled and args.n_gpu > 1:
+            raise NEFTuneError(
+                f"`args` has {args.n_gpu} GPUs in one process, and NEFTune does not support `torch.nn.DataParallel`, "
+                "which runs copies of the model in threads. Start one process per GPU with `accelerate launch`, or "
+                "make only one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+
+    def _measure(self, args, control) -> None:
+        """Sum over all ranks if the Trainer is about to log: it does so on every rank, a user's own code may not."""
+        if self.handle is not None and control.should_log and self.handle.config.enabled:
+            self._snr_db = decibels(sum_over_ranks(self.handle.power_sums(args.device)))
+
+    def _warn_of_size(self, args) -> None:
+        """Warn after the first step: the ratio depends on the sequence lengths, so it is not known earlier."""
+        if self.handle is None or (snr_db := self.handle.snr_db) is None:
             return
-        sites = {site.path: str(site) for site in handle.sites}
-        self.run = NEFTuneRun(handle.config, sites, handle.noised_forwards, handle.snr_db)
+        alpha = self.handle.config.neftune_noise_alpha
+        weights = self.handle.sites[0].module.parameters()
+        dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+        if snr_db < 0:
+            logger.warning(
+                "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step had %.3g times the RMS of the "
+                "embeddings (SNR %+.1f dB): it is larger than what it is added to. Lower alpha; the paper used 5, 10 "
+                "and 15. `neftune-hf inspect MODEL` prints the ratio before a run.",
+                alpha,
+                10 ** (-snr_db / 20),
+                snr_db,
+            )
+        elif snr_db > rounding_snr_db(dtype):
+            logger.warning(
+                "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step was below half a unit in the last "
+                "place of the embeddings in %s (SNR %+.1f dB), so rounding removes most of it. Raise alpha; the paper "
+                "used 5, 10 and 15. `neftune-hf inspect MODEL` prints the ratio before a run.",
+                alpha,
+                str(dtype).removeprefix("torch."),
+                snr_db,
+            )
+
+    def _record_run(self) -> None:
+        if (handle := self.handle) is not None:
+            sites = {site.path: str(site) for site in handle.sites}
+            self.run = NEFTuneRun(handle.config, sites, handle.noised_steps, handle.snr_db)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"handle": None, "on_resolved": _refuse_pairs, "_of_trainer": _none, "_of_model": _none}
+        return self.__dict__ | {"handle": None}
 
 
-class NEFTuneDefaultCallback(TrainerCallback):
-    """Added to every Trainer that is created after a `NEFTuneCallback`.
-
-    It comes before the reporters in `report_to`, so that they see NEFTune's metrics, and removes hooks that an
-    interrupted run left on the model.
-    """
-
-    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        stale = attached_handle(model)
-        if stale is not None and not stale._follows_optimizer:  # keep a handle from `attach`
-            stale.remove()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for callback in _callbacks:
-            if callback._of_trainer() is control:
-                callback.write_metrics(logs, state)
-
-
-def prepare_transformers() -> None:
-    """Patch transformers once: add our callbacks to every Trainer, and keep the built-in off where we replace it.
-
-    The callbacks are returned along with the reporters that a Trainer asks for when it is created, and not added to
-    `DEFAULT_CALLBACKS`, because ms-swift replaces that list.
-
-    Letting the built-in activate and then removing it is not enough: it raises AttributeError on some models, and stays
-    on the model if `train()` fails early.
-    """
-    if NEFTuneDefaultCallback in in_every_trainer:
-        return
-    in_every_trainer.append(NEFTuneDefaultCallback)
-    reporters = transformers.trainer.get_reporting_integration_callbacks
-
-    def get_reporting_integration_callbacks(report_to):
-        return [*in_every_trainer, *reporters(report_to)]
-
-    transformers.trainer.get_reporting_integration_callbacks = get_reporting_integration_callbacks
-    activate, deactivate = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
-
-    def activate_neftune(model, *args, **kwargs):
-        return None if _is_ours(model) else activate(model, *args, **kwargs)
-
-    def deactivate_neftune(model, hook_handle, *args, **kwargs):
-        return None if hook_handle is None else deactivate(model, hook_handle, *args, **kwargs)
-
-    transformers.trainer.activate_neftune = activate_neftune
-    transformers.trainer.deactivate_neftune = deactivate_neftune
-
-
-def _is_ours(model: nn.Module) -> bool:
-    return any(callback._of_model() is model for callback in _callbacks)
-
-
-def _remove_builtin(model: nn.Module) -> bool:
-    """Remove transformers' own hook, which is there if the callback was added after the Trainer was created."""
-    found = False
-    for module in model.modules():
-        for number in [n for n, hook in module._forward_hooks.items() if hook is neftune_post_forward_hook]:
-            del module._forward_hooks[number], module.neftune_noise_alpha
-            found = True
-    return found
-
-
-def _refuse_pairs(config: NEFTuneConfig) -> None:
-    if config.enabled and config.neftune_symmetric:
-        raise NEFTuneError(
-            "`neftune_symmetric` is True, but a callback cannot pass a batch twice. Use `NEFTuneSFTTrainer` or "
-            "`class MyTrainer(NEFTuneTrainerMixin, Trainer)`, or set `neftune_symmetric=False`."
+def _warn_of_data(config: NEFTuneConfig, args) -> None:
+    """Warn of data from which no collator's batch tells where documents end."""
+    is_wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", None) == "wrapped"
+    if is_wrapped and config.neftune_length == "sequence":
+        warnings.warn(
+            "`packing_strategy='wrapped'` splits documents and keeps no boundaries, so NEFTune uses the packed width "
+            "as L. Use `packing_strategy='bfd'` for the paper's noise.",
+            NEFTuneWarning,
+            stacklevel=2,
         )
-
-
-def _none() -> None:
-    return None

@@ -1,6 +1,5 @@
 """The settings, validated once."""
 
-import math
 import numbers
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from .errors import NEFTuneConfigError
 from .noise import NOISE_TYPES
 
+_LARGEST_ALPHA = 2.0**127  # float32
 CHOICES = {
     "neftune_noise_type": NOISE_TYPES,
     "neftune_length": ("sequence", "padded"),
@@ -24,7 +24,7 @@ class NEFTuneConfig:
 
     Args:
         neftune_noise_alpha (`float`, *optional*):
-            The paper's alpha (it used 5, 10 and 15). `None` or 0 switches NEFTune off.
+            The paper's alpha (it used 5, 10 and 15). `None` or 0 disables NEFTune.
         neftune_noise_type (`str`, defaults to `"uniform"`):
             Distribution of u, each of variance 1/3: `"uniform"` on (-1, 1), `"gaussian"` N(0, 1/3), or `"bernoulli"`
             on +-1/sqrt(3).
@@ -61,10 +61,10 @@ class NEFTuneConfig:
     def __post_init__(self):
         alpha = self.neftune_noise_alpha
         is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)  # also NumPy's
-        if alpha is not None and not (is_number and math.isfinite(alpha) and alpha >= 0):
+        if alpha is not None and not (is_number and 0 <= alpha <= _LARGEST_ALPHA):
             raise NEFTuneConfigError(
-                f"`neftune_noise_alpha` must be a finite number >= 0 or None, got {alpha!r} "
-                f"({type(alpha).__name__}). Use 5, 10 or 15 as in the paper, or None to switch NEFTune off."
+                f"`neftune_noise_alpha` must be a finite number >= 0 (as float32) or None, got {alpha!r} "
+                f"({type(alpha).__name__}). Use 5, 10 or 15 as in the paper, or None to disable NEFTune."
             )
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
@@ -82,6 +82,10 @@ class NEFTuneConfig:
                 f"({type(self.neftune_symmetric).__name__}). True passes each batch twice, with e + s and with e - s."
             )
 
+        # Other number types would end in a log that is no JSON, or overflow in 64-bit arithmetic.
+        object.__setattr__(self, "neftune_noise_alpha", alpha if alpha is None else float(alpha))
+        object.__setattr__(self, "neftune_seed", seed if seed is None else int(seed))
+
     @property
     def enabled(self) -> bool:
         """Whether alpha is set and not 0."""
@@ -91,8 +95,8 @@ class NEFTuneConfig:
 FIELDS = tuple(field.name for field in fields(NEFTuneConfig))
 
 
-def merge(given: dict[str, Any], args: Any) -> NEFTuneConfig:
-    """Merge the settings `given` to a callback or trainer with those in the trainer's `args`.
+def merge(settings: dict[str, Any], args: Any) -> NEFTuneConfig:
+    """Merge the `settings` of a callback or trainer with those in the trainer's `args`.
 
     If both set a field, the values must agree. A field of `args` at its default counts as not set.
 
@@ -101,10 +105,10 @@ def merge(given: dict[str, Any], args: Any) -> NEFTuneConfig:
     """
     defaults = NEFTuneConfig()
     in_args = {name: value for name, value in vars(args).items() if name in FIELDS and value != getattr(defaults, name)}
-    for name in given.keys() & in_args.keys():
-        if given[name] != in_args[name]:
+    for name in settings.keys() & in_args.keys():
+        if settings[name] != in_args[name]:
             raise NEFTuneConfigError(
-                f"`{name}` is {given[name]!r} for NEFTune's callback or trainer and {in_args[name]!r} in "
+                f"`{name}` is {settings[name]!r} for NEFTune's callback or trainer and {in_args[name]!r} in "
                 f"{type(args).__name__}. Set it in one place only."
             )
-    return NEFTuneConfig(**(in_args | given))
+    return NEFTuneConfig(**(in_args | settings))

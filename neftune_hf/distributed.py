@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as Sharded
 
 from .embeddings import EmbeddingSite
 from .errors import NEFTuneError
-from .kernels import Part
+from .kernels import Shard
 
-_FAR = 2**40  # larger than any batch's width
 _CONTEXT_PARALLEL = "torch.distributed.tensor.experimental._context_parallel"
 
 
-class SplitSequence(NamedTuple):
+class SequenceParallelGroup(NamedTuple):
     """A group of processes that each have a part of every sequence.
 
     Attributes:
@@ -33,14 +33,14 @@ class SplitSequence(NamedTuple):
     is_active: Callable[[], bool]
 
 
-def split_sequence() -> SplitSequence | None:
+def sequence_parallel_group() -> SequenceParallelGroup | None:
     """The group that accelerate or DeepSpeed splits the sequences of a training batch over, or None."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     return _context_parallel() or _ulysses()
 
 
-def _context_parallel() -> SplitSequence | None:
+def _context_parallel() -> SequenceParallelGroup | None:
     from accelerate.state import AcceleratorState, is_initialized
 
     config = AcceleratorState().parallelism_config if is_initialized() else None
@@ -60,10 +60,10 @@ def _context_parallel() -> SplitSequence | None:
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     name = f"context parallelism (cp_size={mesh.size()})"
-    return SplitSequence(name, mesh.get_local_rank(), mesh.size(), unshard, is_in_context_parallel)
+    return SequenceParallelGroup(name, mesh.get_local_rank(), mesh.size(), unshard, is_in_context_parallel)
 
 
-def _ulysses() -> SplitSequence | None:
+def _ulysses() -> SequenceParallelGroup | None:
     groups = sys.modules.get("deepspeed.utils.groups")  # no group exists before the import
     if groups is None or (groups.mpu is None and groups.mesh_device is None):  # imported, but not in use
         return None
@@ -75,7 +75,9 @@ def _ulysses() -> SplitSequence | None:
         return torch.cat(_gather(rows, group, size), dim=1)
 
     name = f"Ulysses (sp_size={size})"
-    return SplitSequence(name, distributed.get_rank(group), size, unshard, lambda: True)  # its data loader splits
+    return SequenceParallelGroup(
+        name, distributed.get_rank(group), size, unshard, lambda: True
+    )  # its data loader splits
 
 
 def _gather(rows: torch.Tensor, group: distributed.ProcessGroup, size: int) -> list[torch.Tensor]:
@@ -95,8 +97,8 @@ def is_in_context_parallel() -> bool:
     return (getattr(attention, "__module__", None) or "").startswith(_CONTEXT_PARALLEL)
 
 
-def whole_call(
-    split: SplitSequence, given: Mapping[str, Any], ids: torch.Tensor, site: EmbeddingSite
+def gather_call(
+    group: SequenceParallelGroup, arguments: Mapping[str, Any], ids: torch.Tensor, site: EmbeddingSite
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """The layout arguments and ids of the full sequences, of which this process has a part.
 
@@ -109,59 +111,54 @@ def whole_call(
     if ids.dim() != 2 or site.is_decoder:
         what = "a decoder's inputs" if site.is_decoder else f"ids of shape {tuple(ids.shape)}"
         raise NEFTuneError(
-            f"{site} embeds {what} under {split.name}, and NEFTune does not know how they are split: it needs ids of "
+            f"{site} embeds {what} under {group.name}, and NEFTune does not know how they are split: it needs ids of "
             "shape (batch, length). Use a decoder-only model, or set `neftune_noise_alpha=None`."
         )
     width = ids.shape[1]
-    given, parts = dict(given), {"ids": ids}
-    positions = given.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
-        given["position_ids"] = positions[0]  # M-RoPE: row 0 has the text positions
-    for name in ("attention_mask", "position_ids", "input_ids"):
-        value = given.get(name)
-        if not isinstance(value, torch.Tensor) or value.dim() != 2 or value is ids:
-            continue
-        if value.shape[1] == width:
-            parts[name] = value
-    # The last row encodes each column's rank and its index there.
-    places = torch.arange(width, device=ids.device) + split.rank * _FAR
-    rows = [part.to(torch.int64) for part in parts.values()]
-    *wholes, places = split.unshard(torch.cat([*rows, places[None]])).split([*map(len, rows), 1])
-    columns = (places[0] - split.rank * _FAR).remainder(split.size * _FAR).argsort()[:width]
-    whole = dict(zip(parts, wholes, strict=True))
-    whole_ids = whole.pop("ids")
-    if given.get("input_ids") is ids:
-        whole["input_ids"] = whole_ids
-    given |= whole
+    names = ("attention_mask", "position_ids", "input_ids")
+    parts = {name: arguments[name] for name in names if _is_split(arguments.get(name), width)}
+    column = torch.arange(width, device=ids.device)
+    rows = [part.reshape(-1, width).long() for part in (ids, *parts.values())]
+    rows += [column[None], torch.full_like(column, group.rank)[None]]
+    full_ids, *full, columns, ranks = group.unshard(torch.cat(rows)).split([len(row) for row in rows])
+    full_width = full_ids.shape[1]
+    gathered = {
+        name: value.view(*part.shape[:-1], full_width) for (name, part), value in zip(parts.items(), full, strict=True)
+    }
     for name in ("attention_mask", "position_ids"):
-        value = given.get(name)
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] != whole_ids.shape[1]:
+        value = {**arguments, **gathered}.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] != full_width:
             raise NEFTuneError(
-                f"`{name}` has width {value.shape[1]} under {split.name}, where this process has {width} of "
-                f"{whole_ids.shape[1]} ids: it matches neither. Pass `{name}` without positions that precede the ids, "
+                f"`{name}` has width {value.shape[1]} under {group.name}, where this process has {width} of "
+                f"{full_width} ids: it matches neither. Pass `{name}` without positions that precede the ids, "
                 "such as virtual tokens, or set `neftune_noise_alpha=None`."
             )
-    return given, whole_ids, columns
+    local_columns = torch.where(ranks[0] == group.rank, columns[0], full_width).argsort()[:width]
+    return {**arguments, **gathered}, full_ids, local_columns
 
 
-def own_part(output: torch.Tensor, ids: torch.Tensor, site: EmbeddingSite) -> Part | None:
+def _is_split(value: Any, width: int) -> bool:
+    """Whether an argument is this process's part: the ids, a mask, or positions, of M-RoPE too."""
+    return isinstance(value, torch.Tensor) and value.dim() in (2, 3) and value.shape[-1] == width
+
+
+def shard_of(output: torch.Tensor, ids: torch.Tensor, site: EmbeddingSite) -> Shard | None:
     """The part of the full embeddings (*ids.shape, d) that a sharded `output` holds; None if it holds all of them.
 
     Raises:
         NEFTuneError: Its placement is unknown, or a sum that is not reduced yet.
     """
-    whole = (*ids.shape, site.embedding_dim)
+    full = (*ids.shape, site.embedding_dim)
+    placement = ""
     if isinstance(output, DTensor):
-        if tuple(output.shape) == whole and all(type(p) in (Replicate, Shard) for p in output.placements):
+        if tuple(output.shape) == full and all(type(p) in (Replicate, Sharded) for p in output.placements):
             index = _slices_of_dtensor(output)
-            return None if index is None else Part(whole, index)
+            return None if index is None else Shard(full, index)
         placement = f" and placements {output.placements}"
-    else:
-        if tuple(output.shape) == whole:
-            return None
-        if (index := _slices_of_local(output, whole, site)) is not None:
-            return Part(whole, index)
-        placement = ""
+    elif tuple(output.shape) == full:
+        return None
+    elif (index := _slices_of_local(output, full, site)) is not None:
+        return Shard(full, index)
     raise NEFTuneError(
         f"{site} returned an output of shape {tuple(output.shape)}{placement} for ids of shape {tuple(ids.shape)}: it "
         "is sharded in a way that NEFTune does not support. Give the embedding's output the placement Replicate() or "
@@ -174,64 +171,63 @@ def _slices_of_dtensor(output: DTensor) -> tuple[slice, ...] | None:
         return None
     starts, sizes = [0] * output.dim(), list(output.shape)
     for axis, placement in enumerate(output.placements):  # outermost mesh axis first, as torch shards
-        if isinstance(placement, Shard):
+        if isinstance(placement, Sharded):
             dim, mesh = placement.dim % output.dim(), output.device_mesh
             start, sizes[dim] = _chunk(sizes[dim], mesh.size(axis), mesh.get_local_rank(axis))
             starts[dim] += start
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def _slices_of_local(output: torch.Tensor, whole: tuple[int, ...], site: EmbeddingSite) -> tuple[slice, ...] | None:
+def _slices_of_local(output: torch.Tensor, full: tuple[int, ...], site: EmbeddingSite) -> tuple[slice, ...] | None:
     """The slices of a plain tensor that is sharded along one dimension over the mesh of the embedding's weight."""
     weight = next((p for p in site.module.parameters() if isinstance(p, DTensor)), None)
-    if weight is None or output.dim() != len(whole):
+    if weight is None or output.dim() != len(full):
         return None
     mesh = weight.device_mesh
     if mesh.ndim > 1:  # data-parallel axes have different ids and do not shard the output
         if "tp" not in (mesh.mesh_dim_names or ()):
             return None
         mesh = mesh["tp"]
-    sharded = [dim for dim, (own, all_) in enumerate(zip(output.shape, whole, strict=True)) if own != all_]
+    sharded = [dim for dim, (local, all_) in enumerate(zip(output.shape, full, strict=True)) if local != all_]
     if len(sharded) != 1:
         return None
-    start, size = _chunk(whole[sharded[0]], mesh.size(), mesh.get_local_rank())
+    start, size = _chunk(full[sharded[0]], mesh.size(), mesh.get_local_rank())
     if size != output.shape[sharded[0]]:
         return None
-    index = [slice(0, size) for size in whole]
+    index = [slice(0, size) for size in full]
     index[sharded[0]] = slice(start, start + size)
     return tuple(index)
 
 
-def _chunk(size: int, parts: int, number: int) -> tuple[int, int]:
+def _chunk(size: int, parts: int, i: int) -> tuple[int, int]:
     """Start and size of a part, as in `torch.chunk`: the last parts may be smaller or empty."""
     each = -(-size // parts)
-    start = min(size, number * each)
+    start = min(size, i * each)
     return start, min(each, size - start)
 
 
-def plain_arguments(ids: torch.Tensor, given: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+def as_plain_tensors(ids: torch.Tensor, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
     """Ids and layout arguments as plain tensors; DTensors are gathered.
 
     Raises:
         NEFTuneError: The ids are sharded and an argument is a plain tensor, so it is unknown whether that is sharded.
     """
     if isinstance(ids, DTensor) and not all(isinstance(p, Replicate) for p in ids.placements):
-        for name, value in given.items():
+        for name, value in arguments.items():
             if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
                 raise NEFTuneError(
                     f"The token ids are a DTensor with placements {ids.placements}, and `{name}` is a plain tensor of "
                     f"shape {tuple(value.shape)}, which may or may not be sharded. Make `{name}` a DTensor too."
                 )
-    whole = ids.full_tensor() if isinstance(ids, DTensor) else ids
-    plain = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in given.items()}
-    return whole, plain | {name: whole for name, value in given.items() if value is ids}
+    plain = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in arguments.items()}
+    return ids.full_tensor() if isinstance(ids, DTensor) else ids, plain
 
 
-def summed_over_ranks(power: torch.Tensor) -> torch.Tensor:
-    """Sum `power` over all processes, in place. A collective: every process must call it."""
+def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes, in place. A collective: every process must call it."""
     if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(power)
-    return power
+        distributed.all_reduce(sums)
+    return sums
 
 
 def is_later_stage(root: nn.Module) -> bool:

@@ -1,6 +1,9 @@
 """Find the input embeddings of a model, through wrappers, adapters and composite models."""
 
 import inspect
+import re
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +11,15 @@ from torch import nn
 
 from .errors import EmbeddingNotFoundError
 
-_PLACEHOLDER_KEYS = [f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")]
+# Ids that stand for features of other modalities, by their names in transformers' configs, such as `image_token_id`,
+# `audio_latent_token_id` or `visual_indicator_token_ids`; the ids at the ends of a feature are tokens of the text.
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision|visual|speech)(_\w+)?_token_(id|ids|index)")
+_TEXT_TOKEN = re.compile(r"_(start|end|begin|bos|eos|pad|mask)_")
+_OVERWRITTEN_ENDS: dict[str, tuple[str, ...]] = {
+    "csm": ("audio_eos_token_id",),
+    "gradium_phonon_tts": ("audio_bos_token_id",),
+    "pocket_tts": ("audio_bos_token_id",),
+}
 
 # DeepSpeed's tensor parallelism replaces an embedding tied to a sharded output layer by one of these classes.
 _DEEPSPEED_TABLES = ("VocabParallelEmbedding", "HiddenParallelEmbedding")
@@ -20,12 +31,14 @@ class EmbeddingSite:
 
     Attributes:
         path (`str`): Name of the module in the model, as in `named_modules()`.
-        module (`torch.nn.Module`): The module that the model calls, including adapters.
+        module (`torch.nn.Module`): The module that the model calls, including adapters; held weakly.
+        class_name (`str`): Name of its class.
         embedding_dim (`int`): d, the width of its output.
         is_decoder (`bool`): Whether it belongs to the decoder of an encoder-decoder.
         placeholders (`tuple[int, ...]`): Token ids whose embeddings are overwritten by image, video or audio features.
         pad_token_id (`int`, *optional*): The padding id in the model's config.
         pad_is_eos (`bool`): Whether that id is also an end-of-sequence token.
+        is_time_major (`bool`): Whether the model embeds its ids as (length, batch), as XLNet does.
 
     Example:
 
@@ -38,15 +51,23 @@ class EmbeddingSite:
     """
 
     path: str
-    module: nn.Module
+    module_ref: Callable[[], Any]
+    class_name: str
     embedding_dim: int
     is_decoder: bool = False
     placeholders: tuple[int, ...] = ()
     pad_token_id: int | None = None
     pad_is_eos: bool = False
+    is_time_major: bool = False
+
+    @property
+    def module(self) -> nn.Module:
+        if (module := self.module_ref()) is None:
+            raise ReferenceError(f"The model that had the embedding {self.path} no longer exists.")
+        return module
 
     def __str__(self) -> str:
-        return f"{self.path} ({type(self.module).__name__}, d={self.embedding_dim})"
+        return f"{self.path} ({self.class_name}, d={self.embedding_dim})"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -86,20 +107,22 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     ```
     """
     root = unwrap(model)
-    asked = _text_models(root)
-    found = {}
-    for text_model, (is_decoder, config) in asked.items():
-        for embedding in _embeddings_that_run(text_model):
-            if (table := _table(embedding)) is not None:
-                pad, eos = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
-                is_eos = pad is not None and pad in (eos if isinstance(eos, list) else [eos])
-                found[embedding] = _width(table), is_decoder, _placeholders(config), pad, is_eos
-    sites = [EmbeddingSite(path, module, *found[module]) for path, module in root.named_modules() if module in found]
+    text_models = _text_models(root)
+    facts = {
+        embedding: _facts(_table(embedding), is_decoder, config)
+        for text_model, (is_decoder, config) in text_models.items()
+        for embedding in _embeddings_that_run(text_model)
+    }
+    sites = [
+        EmbeddingSite(path, weakref.ref(module), type(module).__name__, **facts[module])
+        for path, module in root.named_modules()
+        if module in facts
+    ]
     if not sites:
         raise EmbeddingNotFoundError(
             f"`model` is a {type(root).__name__} with no token embedding: `get_input_embeddings()` of "
-            f"{', '.join(type(m).__name__ for m in asked)} returned no `torch.nn.Embedding`. If your model embeds "
-            "token ids, give it a `get_input_embeddings` method that returns the embedding module."
+            f"{', '.join(type(m).__name__ for m in text_models)} returned no `torch.nn.Embedding`. If your model "
+            "embeds token ids, give it a `get_input_embeddings` method that returns the embedding module."
         )
     return sites
 
@@ -123,8 +146,8 @@ def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
 
 def forward_names(module: nn.Module) -> tuple[str, ...]:
     """Parameter names of the module's forward, in order; of its class's forward if a wrapper hides `attention_mask`."""
-    own = tuple(inspect.signature(module.forward).parameters)
-    return own if "attention_mask" in own else tuple(inspect.signature(type(module).forward).parameters)[1:]
+    names = tuple(inspect.signature(module.forward).parameters)
+    return names if "attention_mask" in names else tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _text_models(root: nn.Module) -> dict[nn.Module, tuple[bool, Any]]:
@@ -166,11 +189,29 @@ def _embeddings_that_run(text_model: nn.Module) -> list[nn.Module]:
     return tied if holds_only and tied else [embedding]
 
 
-def _placeholders(config: Any) -> tuple[int, ...]:
-    """Placeholder ids for features of other modalities, by their names in transformers' configs."""
-    end = ["audio_eos_token_id"] if hasattr(config, "codebook_eos_token_id") else []  # CSM: also an audio token
-    ids = [getattr(config, name, None) for name in _PLACEHOLDER_KEYS + end]
-    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
+def _facts(table: Any, is_decoder: bool, config: Any) -> dict[str, Any]:
+    """The fields of an [`EmbeddingSite`] besides its place in the model."""
+    pad, eos = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return {
+        "embedding_dim": table.embedding_dim if isinstance(table, nn.Embedding) else table._orig_weight_shape[1],
+        "is_decoder": is_decoder,
+        "placeholders": tuple(sorted(_placeholders(config))),
+        "pad_token_id": pad,
+        "pad_is_eos": pad is not None and pad in (eos if isinstance(eos, list) else [eos]),
+        "is_time_major": getattr(config, "model_type", None) == "xlnet",
+    }
+
+
+def _placeholders(config: Any) -> set[int]:
+    """The placeholder ids in a config and in the configs inside it."""
+    ids: set[int] = set()
+    overwritten = _OVERWRITTEN_ENDS.get(getattr(config, "model_type", ""), ())
+    for name, value in getattr(config, "__dict__", {}).items():
+        if hasattr(value, "model_type"):
+            ids |= _placeholders(value)
+        elif name in overwritten or (_PLACEHOLDER.fullmatch(name) and not _TEXT_TOKEN.search(name)):
+            ids.update(i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int))
+    return ids
 
 
 def _ask(text_model: Any) -> nn.Module | None:
@@ -190,7 +231,3 @@ def _table(embedding: nn.Module) -> Any:
 
 def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or type(module).__name__ in _DEEPSPEED_TABLES
-
-
-def _width(table: Any) -> int:
-    return table.embedding_dim if isinstance(table, nn.Embedding) else table._orig_weight_shape[1]

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import NEFTuneConfig
-from .distributed import is_later_stage, split_sequence
+from .distributed import is_later_stage, sequence_parallel_group
 from .embeddings import find_input_embeddings, parents, unwrap
 from .errors import NEFTuneError, NoNoiseError
-from .hooks import ModelState, NoiseHook, RecordedForward, refuse_other_neftune, remove_copied_hooks
+from .hooks import ArgumentRecorder, CallRecorder, NoiseHook, refuse_other_neftune, remove_copied_hooks
 from .noise import noise_key, scheduled_alpha
 
 _attached: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()
@@ -87,7 +87,7 @@ class NEFTuneHandle:
     >>> handle = attach(model, neftune_noise_alpha=5, neftune_seed=42)
     >>> model(**batches[0]).loss.backward()
     >>> optimizer.step()
-    >>> handle.step, handle.noised_forwards
+    >>> handle.step, handle.noised_steps
     (1, {'model.embed_tokens': 1})
     >>> handle.remove()
     ```
@@ -95,25 +95,27 @@ class NEFTuneHandle:
 
     def __init__(self, model: nn.Module, config: NEFTuneConfig, follows_optimizer: bool = True):
         self.config = config
-        self._follows_optimizer = follows_optimizer
-        self._root = unwrap(model)
-        self.sites = find_input_embeddings(model) if config.enabled and not is_later_stage(self._root) else []
-        self._state = ModelState(self.sites)
-        around = [parents(self._root, site) for site in self.sites]
-        numbers = {module: number for number, module in enumerate(dict.fromkeys(itertools.chain(*around)))}
+        self.follows_optimizer = follows_optimizer
+        root = unwrap(model)
+        self._root: Callable[[], nn.Module | None] = weakref.ref(root)
+        self.sites = find_input_embeddings(model) if config.enabled and not is_later_stage(root) else []
+        self._recorder = CallRecorder()
+        parents_of = [parents(root, site) for site in self.sites]
+        indices = {module: index for index, module in enumerate(dict.fromkeys(itertools.chain(*parents_of)))}
         # Created once, because torch.compile guards on their identity.
-        self._forwards = [RecordedForward(module, number, self._state) for module, number in numbers.items()]
+        self._argument_recorders = [ArgumentRecorder(module, i, self._recorder) for module, i in indices.items()]
         self._hooks = [
-            NoiseHook(self, self._state, index, [numbers[module] for module in modules])
-            for index, modules in enumerate(around)
+            NoiseHook(site, [indices[module] for module in modules], self._recorder, config, owner=self)
+            for site, modules in zip(self.sites, parents_of, strict=True)
         ]
         self._removables: list = []
         self._max_steps: int | None = None
         self._sign = 1
+        self._had_negated = False
         self.set_step(0)
 
     def set_step(self, step: int, max_steps: int | None = None) -> None:
-        """Set the next optimizer step, from 0, which the noise and the schedule depend on.
+        """End the current step, and set the next one, from 0, which the noise and the schedule depend on.
 
         Usually not needed in a custom loop, since the step advances with the optimizer. Call it when you resume a run,
         when `neftune_schedule` is not constant, and when the optimizer is not a torch optimizer.
@@ -124,7 +126,9 @@ class NEFTuneHandle:
 
         Raises:
             NEFTuneError: `neftune_schedule` is not constant and `max_steps` was never given.
+            NoNoiseError: The model ran in the step that ends, and was not noised; see [`check_noised`].
         """
+        self.end_step()
         self._max_steps = max_steps or self._max_steps
         if self.sites and self._max_steps is None and self.config.neftune_schedule != "constant" and step > 0:
             raise NEFTuneError(
@@ -134,11 +138,28 @@ class NEFTuneHandle:
         self.step = int(step)
         alpha = self.config.neftune_noise_alpha or 0.0
         self.alpha = scheduled_alpha(alpha, self.config.neftune_schedule, self.step, self._max_steps or 1)
-        self._state.ran = self._had_negated = False
-        self._state.split = split_sequence() if self.sites else None
-        for index, embedding in enumerate(self._state.embeddings):
-            embedding.begin_step(noise_key(self.config.neftune_seed or 0, self.step, index))
+        self._recorder.group = sequence_parallel_group() if self.sites else None
+        for index, hook in enumerate(self._hooks):
+            hook.begin_step(noise_key(self.config.neftune_seed or 0, self.step, index))
         self._fill_alpha(self._sign)
+
+    def end_step(self) -> None:
+        """End the current step: count it, and drop what was recorded in it.
+
+        Raises:
+            NoNoiseError: The model ran in training mode, and was not noised; see [`check_noised`].
+        """
+        try:
+            if self._has_run():
+                self.check_noised()
+        finally:
+            self._recorder.ran_in_training = self._had_negated = False
+            for hook in self._hooks:
+                hook.end_step()
+
+    def _has_run(self) -> bool:
+        """Whether the model has run in training mode with gradients in this step."""
+        return self._recorder.ran_in_training or any(hook.noised_this_step for hook in self._hooks)
 
     @contextlib.contextmanager
     def negated(self) -> Iterator[None]:
@@ -179,34 +200,32 @@ class NEFTuneHandle:
 
     def _fill_alpha(self, sign: int) -> None:
         self._sign = sign
-        for embedding in self._state.embeddings:
-            embedding.negated = sign < 0
-            embedding.alpha.fill_(sign * self.alpha)
+        for hook in self._hooks:
+            hook.fill_alpha(sign * self.alpha)
 
     @property
-    def noised_forwards(self) -> dict[str, int]:
-        """The number of noised forward passes of each embedding, by path."""
-        return {embedding.site.path: embedding.total for embedding in self._state.embeddings}
+    def noised_steps(self) -> dict[str, int]:
+        """The number of steps with noise on each embedding, by path, including the current step."""
+        return {hook.site.path: hook.noised_steps + hook.noised_this_step for hook in self._hooks}
 
     @property
     def snr_db(self) -> float | None:
         """Signal-to-noise ratio in decibels: 10 * log10 of the power of the embeddings over that of the noise.
 
-        Measured on 32 evenly spaced tokens of each batch of this process since the last reset, without padding; None
-        if there were none.
+        Over all real tokens of this process since the last reset; None if there were none, or if the embeddings are
+        so large that the sum of their squares is infinite. The power of the noise is its expectation.
         """
-        return decibels(self.power())
+        return decibels(self.power_sums())
 
-    def power(self, device: torch.device | str = "cpu") -> torch.Tensor:
+    def power_sums(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The summed powers of noise and embeddings behind `snr_db`: float32 of shape (2,)."""
-        return sum(
-            (e.power.to(device) for e in self._state.embeddings), torch.zeros(2, dtype=torch.float32, device=device)
-        )
+        zeros = torch.zeros(2, dtype=torch.float32, device=device)
+        return sum((hook.power_sums.to(device) for hook in self._hooks), zeros)
 
-    def reset_power(self) -> None:
+    def reset_power_sums(self) -> None:
         """Reset `snr_db`."""
-        for embedding in self._state.embeddings:
-            embedding.power.zero_()
+        for hook in self._hooks:
+            hook.power_sums.zero_()
 
     def check_noised(self) -> None:
         """Raise unless this step's forward passes were noised.
@@ -217,12 +236,11 @@ class NEFTuneHandle:
             NoNoiseError: No embedding was noised, or one did not run at all; or the second pass of a symmetric pair
                 is missing.
         """
-        states = self._state.embeddings
-        noised = [embedding.is_noised for embedding in states]
+        is_noised = any(hook.noised_this_step for hook in self._hooks)
         silent = [
-            str(embedding.site)
-            for embedding, is_noised in zip(states, noised, strict=True)
-            if not is_noised and not (embedding.ran_clean and any(noised))
+            str(hook.site)
+            for hook in self._hooks
+            if not hook.noised_this_step and not (hook.ran_without_noise and is_noised)
         ]
         if silent:
             raise NoNoiseError(
@@ -231,7 +249,7 @@ class NEFTuneHandle:
                 "embedding is in eval mode, or the model embeds its tokens with another module. Pass token ids, or set "
                 "`neftune_noise_alpha=None`."
             )
-        if states and self.config.neftune_symmetric and not self._had_negated:
+        if self._hooks and self.config.neftune_symmetric and not self._had_negated:
             raise NoNoiseError(
                 "`neftune_symmetric` is True, and a training step ended without a pass with e - s. Pass each batch a "
                 "second time inside `with handle.negated():`, or set `neftune_symmetric=False`."
@@ -241,10 +259,12 @@ class NEFTuneHandle:
         """Register the hooks. Does nothing if they are registered.
 
         Raises:
-            NEFTuneError: One of the embeddings already has NEFTune noise.
+            NEFTuneError: One of the embeddings already has NEFTune noise, or the model no longer exists.
         """
         if self._removables:
             return
+        if self._root() is None:
+            raise NEFTuneError("`attach()` of a handle whose model no longer exists, or of its copy. Attach a new one.")
         for site in self.sites:
             if (other := attached_handle(site.module)) is not None:
                 raise NEFTuneError(
@@ -252,10 +272,12 @@ class NEFTuneHandle:
                     "noise twice. Call `remove()` on the first, or leave its `with` block."
                 )
             refuse_other_neftune(site.module)
-        self._forwards = [forward.put_on() for forward in self._forwards]
-        for site, hook in zip(self.sites, self._hooks, strict=True):
-            remove_copied_hooks(site.module)
-            self._removables.append(site.module.register_forward_hook(hook, with_kwargs=True))
+        self._recorder.is_on = True
+        self._argument_recorders = [recorder.install() for recorder in self._argument_recorders]
+        for hook in self._hooks:
+            module = hook.site.module
+            remove_copied_hooks(module)
+            self._removables.append(module.register_forward_hook(hook, with_kwargs=True))
         if self.sites:
             _follow_optimizers()
             _attached.add(self)
@@ -265,37 +287,50 @@ class NEFTuneHandle:
         for removable in self._removables:
             removable.remove()
         self._removables.clear()
-        for forward in reversed(self._forwards):
-            forward.take_off()
-        self._state.running.clear()
+        # A forward that was wrapped twice is restored from the outside in.
+        self._argument_recorders = [recorder.uninstall() for recorder in reversed(self._argument_recorders)][::-1]
+        self._recorder.is_on = False
+        self._recorder.running.clear()
         _attached.discard(self)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._state.ran:  # another optimizer has ended this step
+        root = self._root()
+        if root is None or not self._has_run():  # another optimizer has ended this step
             return
-        own = set(self._root.parameters())
-        if any(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
-            self.check_noised()
+        parameters = set(root.parameters())
+        if any(parameter in parameters for group in optimizer.param_groups for parameter in group["params"]):
             self.set_step(self.step + 1)
 
     def __enter__(self) -> "NEFTuneHandle":
         self.attach()
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, exc_type, *exc_info) -> None:
         self.remove()
+        if exc_type is None:
+            self.end_step()
+
+    def __getstate__(self) -> dict:
+        """A copy or pickle has the settings and the step, and no model."""
+        copied = {"config": self.config, "step": self.step, "alpha": self.alpha}
+        empty = {"sites": [], "_hooks": [], "_argument_recorders": [], "_removables": [], "_recorder": CallRecorder()}
+        return self.__dict__ | empty | copied | {"_root": _no_model}
 
 
-def decibels(power: torch.Tensor) -> float | None:
-    """10 * log10 of the embeddings' power, the second element, over the noise's, the first; None if one is 0."""
-    noise, embedding = power.tolist()
-    return 10 * math.log10(embedding / noise) if noise and embedding else None
+def _no_model() -> None:
+    return None
+
+
+def decibels(power_sums: torch.Tensor) -> float | None:
+    """10 * log10 of the embeddings' power, the second sum, over the noise's; None if one is 0 or infinite."""
+    noise, embedding = power_sums.tolist()
+    return 10 * math.log10(embedding / noise) if noise > 0 and 0 < embedding < math.inf else None
 
 
 def attached_handle(model: nn.Module) -> NEFTuneHandle | None:
     """The handle whose hook is on an embedding in `model`, or None."""
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return next((hook.handle for hook in hooks if isinstance(hook, NoiseHook)), None)
+    return next((hook.owner for hook in hooks if isinstance(hook, NoiseHook)), None)
 
 
 @functools.cache
@@ -304,7 +339,7 @@ def _follow_optimizers() -> None:
 
     def after_step(optimizer, args, kwargs):
         for handle in list(_attached):
-            if handle._follows_optimizer:
+            if handle.follows_optimizer:
                 handle._after_optimizer_step(optimizer)
 
     register_optimizer_step_post_hook(after_step)

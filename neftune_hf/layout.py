@@ -1,4 +1,7 @@
-"""From a forward call's arguments: the length L and hash of each token's sequence, and the token's position in it."""
+"""From a forward call's arguments to each token's length L, its position and its sequence's hash.
+
+`arguments_of_call` reads what the caller of an embedding was given; `layout_of_call` turns that into integers.
+"""
 
 import functools
 import operator
@@ -9,7 +12,8 @@ from typing import Any, TypeGuard
 
 import torch
 
-from .errors import NEFTuneWarning
+from .embeddings import EmbeddingSite
+from .errors import NEFTuneError, NEFTuneWarning
 from .noise import SequenceLayout, fusion_barrier, token_hash
 
 LAYOUT_ARGUMENTS = ("attention_mask", "position_ids", "cu_seq_lens_q")
@@ -28,7 +32,7 @@ class CallArguments:
         labels: (batch, length). Tokens after the last label other than `ignored_label` are padding.
         token_mask: (batch, length), False where there is no text token.
         is_time_major: Whether the ids were embedded as (length, batch).
-        own_columns: The columns that this process embeds, if sequences are split over processes.
+        local_columns: The columns that this process embeds, if sequences are split over processes.
     """
 
     input_ids: torch.Tensor
@@ -39,7 +43,12 @@ class CallArguments:
     ignored_label: int = _IGNORED_LABEL
     token_mask: torch.Tensor | None = None
     is_time_major: bool = False
-    own_columns: torch.Tensor | None = None
+    local_columns: torch.Tensor | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether an argument says where sequences end."""
+        return any(x is not None for x in (self.attention_mask, self.position_ids, self.cu_seqlens, self.labels))
 
 
 def sequence_lengths(
@@ -70,8 +79,8 @@ def sequence_lengths(
     [[0, 2, 2], [3, 3, 3]]
     ```
     """
-    given = (attention_mask, position_ids, cu_seq_lens_q, token_mask)
-    device = next((tensor.device for tensor in given if tensor is not None), device)
+    tensors = (attention_mask, position_ids, cu_seq_lens_q, token_mask)
+    device = next((tensor.device for tensor in tensors if tensor is not None), device)
     ids = torch.zeros(batch_shape, dtype=torch.int64, device=device)
     return sequence_layout(ids, attention_mask, position_ids, cu_seq_lens_q, token_mask).lengths
 
@@ -120,154 +129,188 @@ def sequence_layout(
     ```
     """
     if attention_mask is not None:
-        attention_mask = _normalised_mask(attention_mask, input_ids.shape)
+        attention_mask = _mask_as_wide_as(input_ids, attention_mask)
     return layout_of_call(CallArguments(input_ids, attention_mask, position_ids, cu_seq_lens_q, token_mask=token_mask))
 
 
 def layout_of_call(call: CallArguments) -> SequenceLayout:
-    """[`sequence_layout`] for arguments of matching shapes, restricted to the columns that this process embeds."""
-    layout = _layout_of_whole(call)
-    if call.own_columns is None:
-        return layout
-    return SequenceLayout(*(tensor.index_select(1, call.own_columns) for tensor in layout))
-
-
-def _layout_of_whole(call: CallArguments) -> SequenceLayout:
-    ids, mask = call.input_ids, call.attention_mask
-    batch, width = ids.shape
+    """[`sequence_layout`] for arguments of matching shapes, in the shape in which this process embeds the ids."""
+    ids = call.input_ids
     if ids.numel() == 0:
         return SequenceLayout(*(ids.new_zeros(ids.shape, dtype=torch.int64) for _ in range(3)))
-    column = torch.arange(width, device=ids.device)
+    column = torch.arange(ids.shape[1], device=ids.device)
+    kept, document = _kept(call, column)
+    # The previous position in the row that is not padding. Image positions are included, because a document can begin
+    # with an image. Where there is none it is any column: whether the row's first sequence is marked makes no
+    # difference, since the columns before it hold no real token.
+    before = (column * kept).cummax(dim=1).values.roll(1, 1)
+    begins = kept & _begins(call, before, document)
+    # A sequence's id in its row is the column where it begins.
+    first = (column * begins).cummax(dim=1).values
+    real = (kept if call.token_mask is None else kept & call.token_mask).long()
+    earlier = real.cumsum(dim=1) - real
+    positions = fusion_barrier((earlier - earlier.gather(1, first)) * real)
+    hashes = token_hash(ids.long(), positions) * real
+    lengths, hashes = (
+        fusion_barrier(torch.zeros_like(real).scatter_add(1, first, addend).gather(1, first) * real)
+        for addend in (real, hashes)
+    )
+    layout = SequenceLayout(lengths, positions, hashes)
+    if call.local_columns is not None:
+        layout = SequenceLayout(*(tensor.index_select(1, call.local_columns) for tensor in layout))
+    return SequenceLayout(*(tensor.T for tensor in layout)) if call.is_time_major else layout
 
-    is_padding = torch.zeros(batch, width, dtype=torch.bool, device=ids.device)
-    if mask is not None:
-        kept = mask == 0 if mask.dim() == 3 and mask.is_floating_point() else mask != 0
-        is_padding = is_padding | ~(kept if mask.dim() == 2 else kept.diagonal(dim1=-2, dim2=-1))
+
+def _kept(call: CallArguments, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Which positions are not padding, (batch, length); and the document of each, if `cu_seqlens` is given."""
+    ids, mask, document = call.input_ids, call.attention_mask, None
+    if mask is None:
+        kept = torch.ones_like(ids, dtype=torch.bool)
+    else:
+        kept = (mask if mask.dim() == 2 else _may_attend(mask).diagonal(dim1=-2, dim2=-1)) != 0
     if call.labels is not None:
         last = torch.where(call.labels != call.ignored_label, column, -1).amax(dim=1, keepdim=True)
-        is_padding = is_padding | (column > last)
+        kept = kept & (column <= last)
     if call.cu_seqlens is not None:
-        index = torch.arange(batch * width, device=ids.device).view(batch, width)
+        index = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         document = torch.searchsorted(call.cu_seqlens.to(index), index, right=True)
-        is_padding = is_padding | (document == len(call.cu_seqlens))  # after the last document
-
-    # Compare each position with the previous one in its row that is not padding. Image positions are included, because
-    # a document can begin with an image.
-    seen = torch.where(is_padding, -1, column).cummax(dim=1).values
-    before = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
-    begins = before < 0
-    before = before.clamp(min=0)
-    if call.cu_seqlens is not None:
-        begins = begins | (document != document.gather(1, before))
-    else:
-        if call.position_ids is not None:
-            positions = call.position_ids.to(ids.device).expand(batch, width)
-            begins = begins | (positions <= positions.gather(1, before))
-        if mask is not None and mask.dim() == 2:
-            begins = begins | (mask != mask.gather(1, before))
-        elif mask is not None:
-            either = kept | kept.mT
-            begins = begins | ~either.expand(batch, width, width).gather(2, before.unsqueeze(-1)).squeeze(-1)
-    begins = begins & ~is_padding
-    real = ~is_padding if call.token_mask is None else ~is_padding & call.token_mask
-
-    # A sequence's id is the index of its first position in the flattened batch.
-    first = torch.where(begins, column, 0).cummax(dim=1).values
-    earlier = real.cumsum(dim=1) - real.long()
-    positions = fusion_barrier((earlier - earlier.gather(1, first)) * real)
-    sequence = (first + torch.arange(batch, device=ids.device).unsqueeze(1) * width).flatten()
-    totals = torch.zeros(2, batch * width, dtype=torch.int64, device=ids.device)
-    addends = torch.stack([real.long(), token_hash(ids.long(), positions) * real]).view(2, -1)
-    totals = totals.scatter_add(1, sequence.expand(2, -1), addends)
-    lengths, hashes = fusion_barrier(totals.gather(1, sequence.expand(2, -1)).view(2, batch, width) * real)
-    return SequenceLayout(lengths, positions, hashes)
+        kept = kept & (document < len(call.cu_seqlens))  # after the last document
+    return kept.expand(ids.shape), document
 
 
-def arguments_of_call(
-    given: Mapping[str, Any],
-    ids: torch.Tensor,
-    placeholders: tuple[int, ...] = (),
-    pad_token_id: int | None = None,
-    is_decoder: bool = False,
-    pad_is_eos: bool = False,
-) -> CallArguments:
-    """The layout arguments `given` to the embedding's parent module, reshaped to match the embedded `ids`.
+def _begins(call: CallArguments, before: torch.Tensor, document: torch.Tensor | None) -> torch.Tensor:
+    """Whether a position is of another document than the position `before` it."""
+    if document is not None:
+        return document != document.gather(1, before)
+    begins = []
+    if call.position_ids is not None:
+        positions = call.position_ids.to(before.device).expand(before.shape)
+        begins.append(positions <= positions.gather(1, before))
+    if (mask := call.attention_mask) is not None and mask.dim() == 2:
+        begins.append(mask != mask.gather(1, before))
+    elif mask is not None:
+        may_attend = _may_attend(mask)
+        either = (may_attend | may_attend.mT).expand(*before.shape, before.shape[1])
+        begins.append(~either.gather(2, before.unsqueeze(-1)).squeeze(-1))
+    return functools.reduce(operator.or_, begins) if begins else torch.zeros_like(before, dtype=torch.bool)
 
-    Flat or time-major ids become (batch, length). Arguments of unknown form, such as a mask that is not a tensor or
-    M-RoPE's positions, are ignored; if none is left, a warning names them.
+
+def _may_attend(mask: torch.Tensor) -> torch.Tensor:
+    return mask == 0 if mask.is_floating_point() else mask != 0  # additive, or boolean
+
+
+def arguments_of_call(arguments: Mapping[str, Any], ids: torch.Tensor, site: EmbeddingSite) -> CallArguments:
+    """The layout arguments among those of the embedding's caller, reshaped to match the embedded `ids`.
+
+    Flat or time-major ids become (batch, length). An argument of unknown form, such as a mask that is not a tensor, is
+    ignored, and a warning names it; so does one if nothing says where sequences end.
 
     Args:
-        given: Arguments of the parent module's forward: those of [`sequence_layout`], and `labels`.
+        arguments: Arguments of the parent module's forward: those of [`sequence_layout`], `input_ids` and `labels`.
         ids: Token ids, of any shape.
-        placeholders: Ids whose embeddings image, video or audio features overwrite.
-        pad_token_id: The padding id, for ids without a mask of their own.
-        is_decoder: Whether the ids are a decoder's inputs, the labels shifted right.
-        pad_is_eos: Whether `pad_token_id` is also an end-of-sequence token.
+
+    Raises:
+        NEFTuneError: `position_ids` are wider than the ids, which are thus a part of every sequence.
     """
-    mask, positions, cu_seqlens = (given.get(name) for name in LAYOUT_ARGUMENTS)
-    input_ids, labels = given.get("input_ids"), given.get("labels")
+    mask, positions, cu_seqlens = (arguments.get(name) for name in LAYOUT_ARGUMENTS)
     if isinstance(mask, Mapping):  # one mask per attention type
         mask = mask.get("full_attention")
-    if _is_tensor(positions, 3) and positions.shape[0] == 4:  # M-RoPE: row 0 has the text positions
-        positions = positions[0]
+    ids = _as_rows(ids, mask, site)
+    input_ids = arguments.get("input_ids")
+    is_other = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # such as ids that LED pads
+    call = CallArguments(ids, is_time_major=site.is_time_major)
+    if (mask := _fitting_mask(mask, ids, is_other)) is not None:
+        call = replace(call, attention_mask=mask)
+    if (positions := _fitting_positions(positions, ids, is_other, site)) is not None:
+        call = replace(call, position_ids=positions)
+    if _is_tensor(cu_seqlens, 1) and len(cu_seqlens) > 1 and not is_other:
+        call = replace(call, cu_seqlens=cu_seqlens)
+    fits = dict(zip(LAYOUT_ARGUMENTS, (call.attention_mask, call.position_ids, call.cu_seqlens), strict=True))
+    unknown = [name for name, value in fits.items() if value is None and arguments.get(name) is not None]
+    if not call.is_known:
+        call = _without_mask(call, arguments.get("labels"), is_other, site)
+    is_known = call.is_known or call.token_mask is not None
+    if not is_known or (unknown and not is_other):
+        _warn_of_arguments(", ".join(_described(name, arguments[name]) for name in unknown), is_known)
+    # Some models replace placeholders by padding before they embed, so look at the original ids.
+    original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
+    return _without_placeholders(call, original, site)
+
+
+def _as_rows(ids: torch.Tensor, mask: Any, site: EmbeddingSite) -> torch.Tensor:
+    """The ids as (batch, length)."""
     if ids.dim() != 2:
         width = mask.shape[1] if _is_tensor(mask, 2) and mask.numel() == ids.numel() else ids.shape[-1]
-        ids = ids.reshape(-1, width)
-    time_major = _is_time_major(ids, input_ids, mask)
-    ids = ids.T if time_major else ids
+        return ids.reshape(-1, width)
+    return ids.T if site.is_time_major else ids
+
+
+def _fitting_mask(mask: Any, ids: torch.Tensor, is_other: bool) -> torch.Tensor | None:
+    """The mask as (batch, length) or (batch or 1, length, length); None if it does not describe these ids."""
     batch, width = ids.shape
-    call = CallArguments(ids, is_time_major=time_major)
-    is_other = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # such as ids that LED pads
+    if _is_tensor(mask, 1) and mask.numel() == ids.numel():
+        return mask.view(ids.shape)
+    if _is_tensor(mask, 2) and (mask.shape == ids.shape if is_other else mask.shape[0] == batch):
+        return _mask_as_wide_as(ids, mask)
+    if _is_tensor(mask, 4) and mask.shape[-2:] == (width, width) and not is_other:
+        return _mask_as_wide_as(ids, mask)
+    return None
+
+
+def _fitting_positions(positions: Any, ids: torch.Tensor, is_other: bool, site: EmbeddingSite) -> torch.Tensor | None:
+    """The positions as (batch or 1, length); None if they do not describe these ids."""
+    batch, width = ids.shape
+    if _is_tensor(positions, 1) and positions.numel() == ids.numel():
+        positions = positions.view(ids.shape)
+    if _is_tensor(positions, 3) and positions.shape[0] in (3, 4) and positions.shape[2] == width:
+        positions = positions[0] if positions.shape[0] == 4 else _positions_of_mrope(positions)
+    if not _is_tensor(positions, 2):
+        return None
     if is_other:
-        mask = mask if _is_tensor(mask, 2) and mask.shape == ids.shape else None
-        positions = positions if _is_tensor(positions, 2) and positions.shape == ids.shape else None
-        cu_seqlens = None
-    if (_is_tensor(mask, 2) and mask.shape[0] == batch) or (_is_tensor(mask, 4) and mask.shape[-2:] == (width, width)):
-        call = replace(call, attention_mask=_normalised_mask(mask, ids.shape))
-    if _is_tensor(positions, 2) and positions.shape[1] == width and positions.shape[0] in (1, batch):
-        call = replace(call, position_ids=positions)
-    if _is_tensor(cu_seqlens, 1) and len(cu_seqlens) > 1:
-        call = replace(call, cu_seqlens=cu_seqlens)
-    known = call.attention_mask is not None or call.position_ids is not None or call.cu_seqlens is not None
-    if not known and is_decoder and _is_tensor(labels, 2) and labels.shape == ids.shape:
-        call, known = replace(call, labels=labels), True
-    elif not known and is_decoder and pad_token_id is not None:
+        return positions if positions.shape == ids.shape else None
+    if positions.shape[1] > width and positions.shape[0] in (1, batch) and not site.is_decoder:
+        raise NEFTuneError(
+            f"{site} embeds {width} ids of each row, and `position_ids` have width {positions.shape[1]}: something "
+            "other than accelerate or DeepSpeed splits the sequences before the model is called, so their lengths are "
+            "not known. Pass the `position_ids` of these ids, or set `neftune_noise_alpha=None`."
+        )
+    return positions if positions.shape[1] == width and positions.shape[0] in (1, batch) else None
+
+
+def _positions_of_mrope(positions: torch.Tensor) -> torch.Tensor:
+    """Positions that increase within a document, from M-RoPE's rows for time, height and width, (3, batch, length).
+
+    Within a document M-RoPE's rows repeat and fall again, but only its first position is 0 in all three.
+    """
+    column = torch.arange(positions.shape[2], device=positions.device)
+    first = torch.where((positions == 0).all(dim=0), column, 0).cummax(dim=1).values
+    return column - first
+
+
+def _without_mask(call: CallArguments, labels: Any, is_other: bool, site: EmbeddingSite) -> CallArguments:
+    """Find the padding of a call without layout arguments by its labels or its padding ids, if it can be found."""
+    ids, pad = call.input_ids, site.pad_token_id
+    if site.is_decoder and _is_tensor(labels, 2) and labels.shape == ids.shape:
+        return replace(call, labels=labels)
+    if site.is_decoder and pad is not None:
         # A position's label is the next position's input; the last one's is unknown, and its own id stands in for it.
         # If eos is the padding id, the last real position, whose label is eos, is the last one that is not padding.
-        labels = ids if pad_is_eos else torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
-        call, known = replace(call, labels=labels, ignored_label=pad_token_id), True
-    elif not known and is_other and pad_token_id is not None:
-        call, known = replace(call, token_mask=ids != pad_token_id), True
-    if not known:
-        _warn_of_width(_described(given))
-    if placeholders:
-        # Some models replace placeholders by padding before they embed, so look at the original ids.
-        original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
-        text: Any = functools.reduce(operator.and_, (original != placeholder for placeholder in placeholders))
-        call = replace(call, token_mask=text if call.token_mask is None else text & call.token_mask)
-    return call
+        labels = ids if site.pad_is_eos else torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+        return replace(call, labels=labels, ignored_label=pad)
+    return replace(call, token_mask=ids != pad) if is_other and pad is not None else call
 
 
-def _is_time_major(ids: torch.Tensor, input_ids: Any, mask: Any) -> bool:
-    """Whether the model transposed the ids before embedding them, as XLNet does.
-
-    Decided by the shapes. Only for a square batch in another tensor are the values compared, which synchronises.
-    """
-    outer = input_ids if _is_tensor(input_ids, 2) else mask
-    if not _is_tensor(outer, 2) or ids.shape != outer.shape[::-1]:
-        return False
-    if ids.shape != outer.shape:
-        return True
-    if ids is outer or outer is mask or torch.compiler.is_compiling():
-        return False
-    if ids.data_ptr() == outer.data_ptr():
-        return ids.stride() != outer.stride()
-    return torch.equal(ids, outer.T) and not torch.equal(ids, outer)
+def _without_placeholders(call: CallArguments, input_ids: torch.Tensor, site: EmbeddingSite) -> CallArguments:
+    """Do not count the positions that features of images, videos or audio overwrite."""
+    if not site.placeholders:
+        return call
+    is_text: Any = functools.reduce(operator.and_, (input_ids != placeholder for placeholder in site.placeholders))
+    return replace(call, token_mask=is_text if call.token_mask is None else is_text & call.token_mask)
 
 
-def _normalised_mask(mask: torch.Tensor, shape: torch.Size | tuple[int, int]) -> torch.Tensor:
+def _mask_as_wide_as(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The mask as (batch, length), as wide as the ids, or as (batch or 1, length, length)."""
-    width = shape[1]
+    width = ids.shape[1]
     if mask.dim() == 4:
         return mask[:, 0]
     if mask.shape[1] >= width:  # a cache or virtual tokens precede the ids
@@ -279,23 +322,26 @@ def _is_tensor(value: Any, dim: int) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.dim() == dim
 
 
-def _described(given: Mapping[str, Any]) -> str:
-    seen = [
-        f"`{name}` ({f'{value.dim()}-dimensional' if isinstance(value, torch.Tensor) else type(value).__name__})"
-        for name, value in given.items()
-        if name in LAYOUT_ARGUMENTS
-    ]
-    return ", ".join(seen) or "no `attention_mask`"
+def _described(name: str, value: Any) -> str:
+    return f"`{name}` ({f'{value.dim()}-dimensional' if isinstance(value, torch.Tensor) else type(value).__name__})"
 
 
 @torch._dynamo.assume_constant_result  # so that the warning is issued while tracing
-def _warn_of_width(seen: str) -> None:
+def _warn_of_arguments(unknown: str, is_known: bool) -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
         return  # all processes make the same calls
+    if is_known:
+        message = (
+            f"NEFTune does not know the form of {unknown}, and ignores it. If it separates documents, L is too large."
+        )
+    else:
+        message = (
+            "NEFTune uses the padded width as L, because the parent module of the embedding was called with "
+            f"{unknown or 'no `attention_mask`'}."
+        )
     warnings.warn(
-        f"NEFTune uses the padded width as L, because the parent module of the embedding was called with {seen}. For "
-        "the paper's noise, pass `attention_mask`, or `position_ids` that restart at each document.",
+        f"{message} For the paper's noise, pass `attention_mask`, or `position_ids` that restart at each document.",
         NEFTuneWarning,
         stacklevel=2,
     )

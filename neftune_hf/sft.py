@@ -1,12 +1,10 @@
 """TRL's `SFTConfig` and `SFTTrainer` with NEFTune."""
 
-import warnings
 from dataclasses import dataclass, field
 
 from trl import SFTConfig, SFTTrainer
 
 from .config import FIELDS, NEFTuneConfig
-from .errors import NEFTuneWarning
 from .trainer import NEFTuneTrainerMixin
 
 
@@ -69,16 +67,3 @@ class NEFTuneSFTTrainer(NEFTuneTrainerMixin, SFTTrainer):
     NEFTuneSFTTrainer("facebook/opt-350m", train_dataset=dataset, neftune_noise_alpha=5).train()
     ```
     """
-
-    args: SFTConfig
-
-    def _warn_about_neftune(self, config: NEFTuneConfig) -> None:
-        super()._warn_about_neftune(config)
-        wrapped = self.args.packing and self.args.packing_strategy == "wrapped"
-        if config.enabled and config.neftune_length == "sequence" and wrapped:
-            warnings.warn(
-                "`packing_strategy='wrapped'` splits documents and keeps no boundaries, so NEFTune uses each row's "
-                "width as L. Use `packing_strategy='bfd'` for the paper's noise.",
-                NEFTuneWarning,
-                stacklevel=2,
-            )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
-from neftune_hf import NEFTuneTrainerMixin
+from neftune_hf import EmbeddingSite, NEFTuneTrainerMixin
 from neftune_hf.noise import SequenceLayout, token_hash
 
 from .conftest import ROOT, VOCAB, tiny_llama, token_dataset
@@ -200,6 +200,11 @@ def sft_options(folder: Path, model_folder: str, dataset: str) -> list[str]:
         "dataset_name": write(folder / "set.json", records(dataset)),
     }  # fmt: skip
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def site(**facts):
+    """An embedding site without a model."""
+    return EmbeddingSite("embedding", lambda: None, "Embedding", 8, **facts)
 
 
 def _ids(*shape):

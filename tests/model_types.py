@@ -99,11 +99,12 @@ def check(model: torch.nn.Module, **more) -> str:
         by_width = any(warning.category is NEFTuneWarning for warning in said)
         noised = dict(outputs)
         outputs.clear()
-        counts = handle.noised_forwards
+        handle.end_step()
+        counts = handle.noised_steps
         assert all(counts.values()), f"noised forwards: {counts}"
         assert not torch.equal(noisy, clean), "noise does not reach the logits"
         assert torch.equal(logits(training=False), evaluated), "evaluation is not clean"
-        assert handle.noised_forwards == counts, "evaluation is noised"
+        assert handle.noised_steps == counts, "evaluation is noised"
     assert torch.equal(logits(), clean), "not clean after removal"
     for site in handle.sites:
         noise = (noised[site].float() - outputs[site].float()).flatten(0, -2)

@@ -221,7 +221,7 @@ def test_a_handle_of_the_users_own_is_not_replaced(noisy, tmp_path):
     with attach(model, neftune_noise_alpha=10) as handle:
         with pytest.raises(NEFTuneError, match=r"has NEFTune on .* already \(alpha 10\)"):
             train(noisy(tmp_path, model=model))
-        assert len(leftovers(model)) == len(handle._hooks + handle._forwards)
+        assert len(leftovers(model)) == len(handle._hooks + handle._argument_recorders)
     assert leftovers(model) == []
 
 
@@ -440,5 +440,5 @@ def test_a_run_does_not_keep_the_model(tmp_path, kind, trainer_class):
     del trainer
     gc.collect()
     assert reference() is None
-    assert callback.run.noised_forwards["model.embed_tokens"] >= 1
+    assert callback.run.noised_steps["model.embed_tokens"] >= 1
     assert pickle.loads(pickle.dumps(callback)).fields == callback.fields

@@ -74,7 +74,7 @@ def logits_and_gradients(model):
     with attach(model, neftune_noise_alpha=5, neftune_seed=3) as handle:
         logits = model(**BATCH).logits
         logits.square().sum().backward()
-        assert list(handle.noised_forwards.values()) == [1]
+        assert list(handle.noised_steps.values()) == [1]
     assert leftovers(model) == []
     gradients = [p.grad for p in model.parameters() if p.grad is not None and p.numel()]
     return logits.detach(), [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]

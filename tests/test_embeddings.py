@@ -61,7 +61,7 @@ def test_prompt_tuning_noises_real_tokens_only():
     embedding = model.get_base_model().get_input_embeddings()
     with attach(model, neftune_noise_alpha=5) as handle, lookups(embedding) as seen:
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-        assert list(handle.noised_forwards.values()) == [1]
+        assert list(handle.noised_steps.values()) == [1]
     noise = seen[0].noise
     assert torch.equal(noise[0, :2], torch.zeros(2, 32))
     assert noise[0, 2:].std().item() == pytest.approx(5 / (3 * 4 * 32) ** 0.5, rel=0.2)
@@ -142,7 +142,7 @@ def test_an_encoder_whose_shared_table_never_runs_is_noised_where_it_embeds():
     model = transformers.T5EncoderModel(config).train()
     with attach(model, neftune_noise_alpha=5) as handle:
         model(**BATCH)
-        assert handle.noised_forwards == {"encoder.embed_tokens": 1}
+        assert handle.noised_steps == {"encoder.embed_tokens": 1}
 
 
 class NoEmbedding(nn.Module):

@@ -100,7 +100,7 @@ def test_accelerates_optimizer_counts_a_step_after_accumulation():
                 optimizer.step()
                 optimizer.zero_grad()
         assert handle.step == 3
-        assert handle.noised_forwards == {"model.embed_tokens": 6}
+        assert handle.noised_steps == {"model.embed_tokens": 3}
 
 
 def test_a_step_that_a_gradient_scaler_skips_does_not_count():
@@ -189,7 +189,7 @@ def test_a_teacher_without_gradients_need_not_be_noised():
         model(IDS, torch.ones_like(IDS)).backward()
         optimizer.step()
         assert handle.step == 1
-        assert list(handle.noised_forwards.values()) == [1, 0]
+        assert list(handle.noised_steps.values()) == [1, 0]
 
 
 # Attaching and removing
@@ -253,7 +253,7 @@ def test_a_handle_is_entered_again_after_removal():
         model(**LABELLED_BATCH).loss.backward()
         sgd(model).step()
     assert handle.step == 1
-    assert handle.noised_forwards == {"model.embed_tokens": 1}
+    assert handle.noised_steps == {"model.embed_tokens": 1}
 
 
 def test_a_handle_is_removed_after_the_embedding_was_replaced():
@@ -296,7 +296,7 @@ def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
         lookup = lookup_of(model, input_ids=ids, attention_mask=mask)
         ratio = lookup.clean[mask.bool()].square().sum() / lookup.noise.square().sum()
         assert handle.snr_db == pytest.approx(10 * math.log10(ratio), abs=0.5)
-        handle.reset_power()
+        handle.reset_power_sums()
         assert handle.snr_db is None
 
 
@@ -315,7 +315,7 @@ def test_copies_and_pickles_are_without_noise_and_can_be_attached_to():
             assert torch.equal(twin(**given).logits, clean)
             with attach(twin, neftune_noise_alpha=5) as handle:
                 assert not torch.equal(twin(**given).logits, clean)
-                assert handle.noised_forwards == {"model.embed_tokens": 1}
+                assert handle.noised_steps == {"model.embed_tokens": 1}
         assert not torch.equal(model(**given).logits, clean)
 
 

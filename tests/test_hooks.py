@@ -82,7 +82,7 @@ def test_no_ids_are_no_noised_pass():
     model = tiny_llama().train()
     with attach(model, neftune_noise_alpha=5) as handle:
         assert model.model.embed_tokens(torch.zeros(1, 0, dtype=torch.int64)).shape == (1, 0, D)
-        assert set(handle.noised_forwards.values()) == {0}
+        assert set(handle.noised_steps.values()) == {0}
 
 
 def test_steps_seeds_and_sequences_differ_and_steps_repeat():
@@ -111,9 +111,9 @@ def test_only_in_training_mode_with_gradients():
         with torch.no_grad():
             assert torch.equal(model(**given).logits, clean)
             assert torch.equal(model.generate(**given, max_new_tokens=3, do_sample=False)[:, :3], ids)
-        assert handle.noised_forwards == {"model.embed_tokens": 0}
+        assert handle.noised_steps == {"model.embed_tokens": 0}
         assert not torch.equal(model(**given).logits, clean)
-        assert handle.noised_forwards == {"model.embed_tokens": 1}
+        assert handle.noised_steps == {"model.embed_tokens": 1}
     assert torch.equal(model(**given).logits, clean)
     assert leftovers(model) == []
 
@@ -163,7 +163,7 @@ def test_an_interrupted_forward_leaves_no_stale_lengths():
         stop.remove()
         noise = noise_of(model, input_ids=ids, attention_mask=torch.ones_like(ids))
         assert noise.flatten(1).norm(dim=1).mean().item() == pytest.approx(ALPHA / math.sqrt(3), rel=0.1)
-        assert handle.noised_forwards == {"model.embed_tokens": 2}
+        assert handle.noised_steps == {"model.embed_tokens": 1}
 
 
 def test_two_threads_that_run_one_model_have_their_own_lengths():
@@ -306,7 +306,7 @@ def test_a_second_lookup_of_another_width_is_noised():
     with attach(model, neftune_noise_alpha=5) as handle:
         with pytest.warns(UserWarning, match="padded width"), lookups(model.embedding) as seen:
             model(IDS, rejected, BATCH["attention_mask"])
-        assert handle.noised_forwards == {"embedding": 2}
+        assert handle.noised_steps == {"embedding": 1}
     first, second = seen
     assert alpha_by_row(first.noise, (6, 4)) == pytest.approx([5, 5], rel=0.1)
     assert alpha_by_row(second.noise, (9, 9)) == pytest.approx([5, 5], rel=0.1)

@@ -62,7 +62,7 @@ def test_the_built_in_is_never_on_where_it_would_crash(tmp_path):
     )
     trainer = make(tmp_path, model=model, alpha=5, callbacks=[callback := NEFTuneCallback()])
     train(trainer)
-    assert sum(callback.run.noised_forwards.values()) == 4
+    assert sum(callback.run.noised_steps.values()) == 4
     assert leftovers(model) == []
 
 
@@ -76,8 +76,8 @@ def test_a_models_own_attribute_of_that_name_stays(tmp_path):
 @pytest.mark.slow
 def test_importing_and_constructing_change_no_other_trainer():
     code = (
-        "import transformers.trainer as t\n"
-        "def state(): return t.get_reporting_integration_callbacks, t.activate_neftune\n"
+        "from transformers import Trainer; from transformers.trainer_callback import CallbackHandler as C\n"
+        "def state(): return C.on_init_end, C.on_train_begin, C.on_log, vars(Trainer).get('neftune_noise_alpha')\n"
         "before = state()\n"
         "import neftune_hf; neftune_hf.NEFTuneCallback, neftune_hf.NEFTuneTrainerMixin, neftune_hf.NEFTuneSFTTrainer\n"
         "assert state() == before"

@@ -75,7 +75,7 @@ def test_bits_do_not_depend_on_the_layout(layout, how, reference, monkeypatch):
         pytest.importorskip("torch._inductor")
         torch._dynamo.reset()
     if how == "triton":
-        monkeypatch.setattr(kernels, "_path", lambda *args: triton_kernels.add_noise_to_call)
+        monkeypatch.setattr(kernels, "kernel_for", lambda *args: triton_kernels.add_noise)
     found = noise_of(LAYOUTS[layout], how)
     assert found.abs().min(dim=1).values.max() > 0
     assert torch.equal(found, reference)

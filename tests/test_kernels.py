@@ -4,17 +4,19 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from neftune_hf import NEFTuneError, add_noise, kernels
+from neftune_hf.errors import NEFTuneWarning
 from neftune_hf.kernels import add_noise_to_call, cpu
 from neftune_hf.kernels import triton as triton_kernels
 from neftune_hf.layout import CallArguments, arguments_of_call, layout_of_call
-from neftune_hf.noise import NOISE_TYPES, noise_key
+from neftune_hf.noise import NOISE_TYPES, SequenceLayout, noise_key
 
-from .helpers import CALLS
+from .helpers import CALLS, site
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -110,29 +112,20 @@ def test_per_sample_gradients_are_those_of_each_sample():
 
 
 def test_the_power_of_noise_and_embeddings_is_that_of_the_real_tokens():
-    e, call = batch(2, 16, 64)  # 32 tokens: all are in the sample
+    e, call = batch(5, 41, 64)
     alpha, key, power = tensors()
     noise = add_noise_to_call(e, call, alpha, key, "bernoulli", power) - e
     torch.testing.assert_close(power[0], noise.square().sum(), rtol=1e-4, atol=0)  # bernoulli's power is exact
     torch.testing.assert_close(power[1], e[call.attention_mask.bool()].square().sum())
 
 
-def test_by_width_each_row_is_one_sequence():
-    e, call = batch(2, 6, 8)
-    alpha, key, power = tensors()
-    found = add_noise_to_call(e, call, alpha, key, "uniform", power, by_width=True)
-    assert torch.equal(found, add_noise(e, layout_of_call(CallArguments(call.input_ids)), 5.0, noise_key(1)))
-
-
 # Triton: on a GPU if there is one, else in the interpreter.
 
 
-def by_triton(e, call, noise_type, alpha=5.0, key=noise_key(1)):
-    alpha, key, power = (tensor.to(DEVICE) for tensor in tensors(alpha, key))
-    moved = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in vars(call).items()}
-    assert triton_kernels.can_add(e, CallArguments(**moved), noise_type)
-    found = triton_kernels.add_noise_to_call(e.to(DEVICE), CallArguments(**moved), alpha, key, noise_type, power)
-    return found.cpu(), power.cpu()
+def by_triton(e, layout, noise_type, alpha=5.0, key=noise_key(1)):
+    e, alpha, key, *layout = (tensor.to(DEVICE) for tensor in (e, torch.tensor(alpha), torch.tensor(key), *layout))
+    assert triton_kernels.supports(e, noise_type)
+    return triton_kernels.add_noise(e, SequenceLayout(*layout), alpha, key, noise_type).cpu()
 
 
 @pytest.mark.parametrize("noise_type", ["uniform", "bernoulli"])
@@ -143,48 +136,49 @@ def test_triton_equals_the_reference(shape, dtype, noise_type):
     for key in (noise_key(1), noise_key(2), -(2**63)):
         e, call = batch(*shape, dtype)
         layout = layout_of_call(call)
-        found, power = by_triton(e, call, noise_type, key=key)
+        found = by_triton(e, layout, noise_type, key=key)
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(found, add_noise(e, layout, 5.0, key, noise_type), rtol=eps, atol=eps)
-        noise, _ = by_triton(torch.zeros(shape), call, noise_type, key=key)
+        noise = by_triton(torch.zeros(shape), layout, noise_type, key=key)
         assert torch.equal(noise, add_noise(torch.zeros(shape), layout, 5.0, key, noise_type))
-        expected = torch.zeros(2)
-        kernels._measure(e, layout.lengths, torch.tensor(5.0), expected)
-        torch.testing.assert_close(power, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("block", [4, 1024])
-@pytest.mark.parametrize("name", CALLS)
-def test_triton_has_the_layout_of_every_kind_of_call(name, block, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "BLOCK", block)  # rows of several blocks, and of one
-    ids, given, _ = CALLS[name]
-    zeros = torch.zeros(*ids.shape, 8)
-    call = arguments_of_call(given, ids)
-    found, _ = by_triton(zeros, call, "uniform")
-    assert torch.equal(found, add_noise(zeros, layout_of_call(call), 5.0, noise_key(1)))
-
-
-@pytest.mark.parametrize("block", [4, 1024])
-def test_triton_has_the_layout_of_labels_and_placeholders(block, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "BLOCK", block)
-    ids = torch.randint(3, 300, (2, 6))
-    labels = torch.tensor([[5, -100, 6, 7, -100, -100], [1] * 6])
-    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
-    calls = [
-        arguments_of_call(packed, ids, placeholders=(int(ids[0, 3]), int(ids[1, 2]))),
-        arguments_of_call({"labels": labels}, ids, is_decoder=True),
-        arguments_of_call({"attention_mask": torch.ones(2, 6)}, ids, placeholders=(int(ids[0, 1]), int(ids[1, 4]))),
-    ]
-    for call in calls:
-        found, _ = by_triton(torch.zeros(2, 6, 8), call, "uniform")
-        assert torch.equal(found, add_noise(torch.zeros(2, 6, 8), layout_of_call(call), 5.0, noise_key(1)))
 
 
 def test_triton_refuses_what_it_does_not_do_exactly(noise_type):
-    e, call = batch(2, 3, 4)
-    assert triton_kernels.can_add(e, call, noise_type) == (noise_type in ("uniform", "bernoulli"))
-    assert not triton_kernels.can_add(e.double(), call, "uniform")
-    assert not triton_kernels.can_add(e, CallArguments(call.input_ids, is_time_major=True), "uniform")
+    e = torch.zeros(2, 3, 4)
+    assert triton_kernels.supports(e, noise_type) == (noise_type in ("uniform", "bernoulli"))
+    assert not triton_kernels.supports(e.double(), "uniform")
+
+
+def wrong(e, layout, alpha, key, noise_type):
+    return add_noise(e, layout, alpha, key, noise_type) + 2**-20
+
+
+def broken(e, layout, alpha, key, noise_type):
+    raise RuntimeError("no kernel image is available\non this device")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [(wrong, "differs from the reference"), (broken, "raises RuntimeError: no kernel image is available on")],
+)
+def test_a_kernel_that_fails_its_proof_is_named_once_and_not_used(kernel, reason, monkeypatch):
+    """Asked once for each device, dtype and noise type, on a few of the call's own tokens."""
+    monkeypatch.setattr(kernels, "_proven", {})
+    e, call = batch(3, 70, 33)
+    layout = layout_of_call(call)
+    with pytest.warns(NEFTuneWarning, match=reason):
+        assert not kernels.is_proven(kernel, e, layout, "uniform")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not kernels.is_proven(kernel, e, layout, "uniform")
+        assert kernels.is_proven(triton_kernels.add_noise, e.to(DEVICE), layout_of_call(moved(call)), "uniform")
+    with pytest.warns(NEFTuneWarning, match="bfloat16"):
+        assert not kernels.is_proven(kernel, e.bfloat16(), layout, "uniform")
+
+
+def moved(call):
+    values = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in vars(call).items()}
+    return CallArguments(**values)
 
 
 COMPILE = """
@@ -192,9 +186,9 @@ import triton, neftune_hf.kernels.triton as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-pointers = {"sequence": "*i64", "position": "*i64", "totals": "*i64", "alpha": "*fp32", "key": "*i64", "power": "*fp32"}
+pointers = {"lengths": "*i64", "positions": "*i64", "hashes": "*i64", "alpha": "*fp32", "key": "*i64"}
 for dtype in ("fp32", "bf16"):
-    signature = {"e": "*" + dtype, "noised": "*" + dtype, **pointers, "size": "i32", "d": "i32", "measured": "i32"}
+    signature = {"embeddings": "*" + dtype, "noised": "*" + dtype, **pointers, "n_tokens": "i32", "d": "i32"}
     constants = {"BERNOULLI": False, "TOKENS": 16, "CHANNELS": 256}
     source = ASTSource(kernels._add_noise, signature | dict.fromkeys(constants, "constexpr"), constants, {})
     if ".entry _add_noise" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]:
@@ -223,7 +217,7 @@ def test_compiled_equals_eager(dtype, noise_type):
     for name in ("packed and padded", "4-dimensional"):
         ids, given, _ = CALLS[name]
         e = torch.randn(*ids.shape, 33).to(dtype).requires_grad_()
-        call = arguments_of_call(given, ids)
+        call = arguments_of_call(given, ids, site())
         found = compiled(e, call, noise_type)
         eps = torch.finfo(dtype).eps
         expected = add_noise(e, layout_of_call(call), 5.0, noise_key(1), noise_type)
@@ -251,7 +245,7 @@ def test_the_two_noises_sum_to_zero(path, noise_type, monkeypatch):
         if path == "reference":
             halves.append((add_noise(zeros, layout, alpha, noise_key(1), noise_type), None))
         elif path == "triton":
-            halves.append(by_triton(zeros, call, noise_type, alpha))
+            halves.append((by_triton(zeros, layout, noise_type, alpha), None))
         else:
             halves.append((compiled if path == "compiled" else noised)(zeros, torch.tensor(alpha)))
     (plus, power), (minus, other) = halves
@@ -279,6 +273,5 @@ def test_an_unknown_noise_type_is_refused_on_every_path(path):
 def test_gpu_equals_cpu(dtype, noise_type):
     e, call = batch(3, 17, 33, dtype)
     alpha, key, power = (tensor.cuda() for tensor in tensors())
-    moved = CallArguments(call.input_ids.cuda(), call.attention_mask.cuda())
-    found = add_noise_to_call(e.cuda(), moved, alpha, key, noise_type, power).cpu()
+    found = add_noise_to_call(e.cuda(), moved(call), alpha, key, noise_type, power).cpu()
     torch.testing.assert_close(found, noised(e, call, noise_type), rtol=torch.finfo(dtype).eps, atol=1e-6)

@@ -6,18 +6,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neftune_hf import sequence_lengths
+from neftune_hf import NEFTuneError, sequence_lengths
 from neftune_hf.errors import NEFTuneWarning
 from neftune_hf.layout import arguments_of_call, layout_of_call, sequence_layout
 
-from .helpers import CALLS, encodings, expected_layout, square_mask
+from .helpers import CALLS, encodings, expected_layout, site, square_mask
 
 
-def lengths_of_call(given, ids, **about_the_site):
+def lengths_of_call(given, ids, **facts):
     """L for each embedded id, in the shape of the ids."""
-    call = arguments_of_call(given, ids, **about_the_site)
-    lengths = layout_of_call(call).lengths
-    return (lengths.T if call.is_time_major else lengths).reshape(ids.shape)
+    return layout_of_call(arguments_of_call(given, ids, site(**facts))).lengths.reshape(ids.shape)
 
 
 # Layouts that a mask, positions, cumulative lengths or a 4-dimensional mask can describe.
@@ -105,7 +103,8 @@ def test_ids_that_are_not_batch_by_length(shape, expected):
     given = {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert lengths_of_call(given, torch.zeros(shape, dtype=torch.int64)).tolist() == expected
+        found = lengths_of_call(given, torch.zeros(shape, dtype=torch.int64), is_time_major=shape == (3, 2))
+    assert found.tolist() == expected
 
 
 def test_positions_of_ids_with_a_further_dimension():
@@ -115,7 +114,8 @@ def test_positions_of_ids_with_a_further_dimension():
 
 def test_a_time_major_batch_of_more_rows_than_columns():
     given = {"attention_mask": torch.tensor([[1, 0], [1, 1], [1, 1]])}
-    assert lengths_of_call(given, torch.zeros(2, 3, dtype=torch.int64)).tolist() == [[1, 2, 2], [0, 2, 2]]
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    assert lengths_of_call(given, ids, is_time_major=True).tolist() == [[1, 2, 2], [0, 2, 2]]
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ def test_a_decoders_padding_id_may_be_larger_than_the_others():
     assert lengths_of_call({}, ids, pad_token_id=9, is_decoder=True).tolist() == [[2, 2, 0, 0, 0]]
 
 
-def test_a_square_batch_that_is_time_major_is_known_by_its_ids():
+def test_a_square_batch_that_is_time_major():
     ids, mask = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])
     given = {"attention_mask": mask, "input_ids": ids}
     assert lengths_of_call(given, ids).tolist() == [[2, 2], [1, 0]]
-    assert lengths_of_call(given, ids.T).tolist() == [[2, 1], [2, 0]]
+    assert lengths_of_call(given, ids.T, is_time_major=True).tolist() == [[2, 1], [2, 0]]
 
 
 PLACED = [[9, 9, 5, 6, 7, 0]]  # 9 is an image placeholder; the last is padding
@@ -171,7 +171,7 @@ def test_places_that_features_overwrite_do_not_count(given, replaced):
 )
 def test_documents_that_begin_with_an_image_and_images_wider_than_a_window(ids, given, documents):
     ids = torch.tensor([ids])
-    found = layout_of_call(arguments_of_call(given | {"input_ids": ids}, ids, placeholders=(9,)))
+    found = layout_of_call(arguments_of_call(given | {"input_ids": ids}, ids, site(placeholders=(9,))))
     expected = expected_layout(ids, [(0, columns) for columns in documents])
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
@@ -182,7 +182,7 @@ def test_layout_of_every_kind_of_call(name):
     expected = expected_layout(ids, sequences)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = layout_of_call(arguments_of_call(given, ids))
+        found = layout_of_call(arguments_of_call(given, ids, site()))
     for part, reference in zip(found, expected, strict=True):
         assert part.dtype == torch.int64
         real = expected.lengths > 0
@@ -226,9 +226,62 @@ def test_a_decoder_without_a_mask_has_the_lengths_of_its_labels(labels):
     assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("given", [{}, {"attention_mask": {"full": 1}}, {"position_ids": torch.zeros(3, 2, 4)}])
+@pytest.mark.parametrize("given", [{}, {"attention_mask": {"full": 1}}, {"position_ids": torch.zeros(2, 2, 4)}])
 def test_without_layout_arguments_the_length_is_the_width_with_a_warning(given):
     with pytest.warns(NEFTuneWarning, match="padded width"):
+        assert lengths_of_call(given, torch.zeros(2, 4, dtype=torch.int64)).tolist() == [[4] * 4] * 2
+
+
+FLAT = torch.tensor([5, 6, 7, 8, 9, 4, 3])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"position_ids": torch.tensor([0, 1, 2, 3, 0, 1, 0])},
+        {"cu_seq_lens_q": torch.tensor([0, 4, 6, 7])},
+        {"attention_mask": torch.tensor([1, 1, 1, 1, 2, 2, 3])},
+    ],
+)
+def test_ids_of_one_dimension_have_the_documents_of_arguments_of_one_dimension(given):
+    """As NeMo Automodel's THD layout."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lengths_of_call(given | {"input_ids": FLAT}, FLAT).tolist() == [4, 4, 4, 4, 2, 2, 1]
+
+
+def test_positions_wider_than_the_ids_are_refused():
+    """As where verl slices the ids over Ulysses ranks before the model, and passes the full positions."""
+    given = {"input_ids": FLAT[None], "position_ids": torch.arange(14)[None]}
+    with pytest.raises(NEFTuneError, match=r"`position_ids` have width 14: .*splits the sequences before the model"):
+        lengths_of_call(given, FLAT[None])
+
+
+# Rows for time, height and width. Two documents: text, an image of 2 x 2, text; an image of 1 x 2, text.
+MROPE = torch.tensor([
+    [[0, 1, 2, 2, 2, 2, 4, 5, 0, 0, 2]],
+    [[0, 1, 2, 2, 3, 3, 4, 5, 0, 0, 2]],
+    [[0, 1, 2, 3, 2, 3, 4, 5, 0, 1, 2]],
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["3 rows", "4 rows", "3 rows, unpacked"])
+def test_m_rope_separates_documents_beside_a_mask_of_ones(form):
+    ids = torch.arange(3, 14)[None]
+    positions = {
+        "3 rows": MROPE,
+        "4 rows": torch.cat([torch.tensor([[[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]]]), MROPE]),
+        "3 rows, unpacked": MROPE + torch.tensor([0] * 8 + [6] * 3),
+    }[form]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = lengths_of_call({"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones(1, 11)}, ids)
+    assert found.tolist() == [[11] * 11 if "unpacked" in form else [8] * 8 + [3] * 3]
+
+
+def test_an_argument_of_unknown_form_is_named_even_if_another_is_known():
+    given = {"attention_mask": torch.ones(2, 4), "position_ids": torch.zeros(2, 4, 2)}
+    with pytest.warns(NEFTuneWarning, match=r"does not know the form of `position_ids` \(3-dimensional\)"):
         assert lengths_of_call(given, torch.zeros(2, 4, dtype=torch.int64)).tolist() == [[4] * 4] * 2
 
 
@@ -253,7 +306,7 @@ def test_no_layout_waits_for_the_device(name):
     else:
         (ids, given, _), about = CALLS[name], {}
     with NoSynchronisation():
-        layout = layout_of_call(arguments_of_call(given, ids, **about))
+        layout = layout_of_call(arguments_of_call(given, ids, site(**about)))
     assert layout.lengths.shape == ids.shape
 
 

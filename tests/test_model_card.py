@@ -1,6 +1,6 @@
 """NEFTune's section in the model card."""
 
-from neftune_hf.trainer import add_to_card
+from neftune_hf.model_card import add_to_card
 
 from .helpers import MixedTrainer, make, train
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -81,8 +81,12 @@ def test_trls_own_command_with_the_patch(tmp_path, model_folder):
     assert "on model.embed_tokens (Embedding, d=32); replaces transformers' built-in" in result.stderr
 
 
-def test_axolotls_plugin_trains_as_the_callback(tmp_path, monkeypatch):
-    """With axolotl's base class if it is installed, else with a stub that has the one method used."""
+@pytest.mark.parametrize("in_args", [5, None])
+def test_axolotls_plugin_trains_as_the_callback(in_args, tmp_path, monkeypatch):
+    """Alpha comes from axolotl's config, since its builders for `rl` do not put it into the args.
+
+    With axolotl's base class if it is installed, else with a stub that has the one method used.
+    """
     try:
         from axolotl.integrations.base import BasePlugin
     except ImportError:
@@ -90,10 +94,12 @@ def test_axolotls_plugin_trains_as_the_callback(tmp_path, monkeypatch):
         for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         sys.modules["axolotl.integrations.base"].BasePlugin = BasePlugin
+    monkeypatch.delitem(sys.modules, "neftune_hf.axolotl", raising=False)
     from neftune_hf.axolotl import NEFTunePlugin
 
     assert issubclass(NEFTunePlugin, BasePlugin)
-    trainer = make(tmp_path, alpha=5, callbacks=NEFTunePlugin().add_callbacks_pre_trainer(cfg=None, model=None))
+    cfg = SimpleNamespace(neftune_noise_alpha=5, rl="dpo" if in_args is None else None)
+    trainer = make(tmp_path, alpha=in_args, callbacks=NEFTunePlugin().add_callbacks_pre_trainer(cfg, None))
     reference = make(tmp_path, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
     train(trainer)
     train(reference)

@@ -128,10 +128,11 @@ def test_a_saved_adapter_loads_in_plain_peft(tmp_path):
 
 
 def step(model, handle, given):
-    """How often each site is noised in one training forward."""
-    before = handle.noised_forwards
+    """Which sites are noised in one training forward."""
+    handle.end_step()
+    before = handle.noised_steps
     model.train()(**given)
-    return {path: count - before[path] for path, count in handle.noised_forwards.items()}
+    return {path: count - before[path] for path, count in handle.noised_steps.items()}
 
 
 def test_adapters_added_switched_disabled_and_merged_while_attached():
@@ -176,7 +177,7 @@ def test_a_mixture_of_adapters_is_noised_where_it_learns(tmp_path):
         (site,) = handle.sites
         with lookups(site.module) as passes:
             model.train()(**batch(model)).logits.sum().backward()
-        assert handle.noised_forwards == {site.path: 1}
+        assert handle.noised_steps == {site.path: 1}
     assert [torch.equal(lookup.output, lookup.clean) for lookup in passes] == [True, False]
 
 
@@ -234,7 +235,7 @@ def test_quantised_bases_and_gradient_checkpointing(bits, checkpointing, model_f
         given = batch(model)
         with attach(model, neftune_noise_alpha=5) as handle:
             model(**given, labels=given["input_ids"]).loss.backward()
-            assert list(handle.noised_forwards.values()) == [1]
+            assert list(handle.noised_steps.values()) == [1]
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         assert gradients[-1]
         assert leftovers(model) == []

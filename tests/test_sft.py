@@ -21,7 +21,7 @@ def test_one_line_trains_with_noise(model_folder, tmp_path, monkeypatch):
     trainer = NEFTuneSFTTrainer(model_folder, train_dataset=token_dataset(), neftune_noise_alpha=5)
     assert trainer.neftune_callback.fields == {"neftune_noise_alpha": 5}
     trainer.train()
-    assert trainer.neftune_callback.run.noised_forwards == {"model.embed_tokens": 9}  # 3 epochs of 3 batches
+    assert trainer.neftune_callback.run.noised_steps == {"model.embed_tokens": 9}  # 3 epochs of 3 batches
     with pytest.raises(NEFTuneError, match="`neftune_noise_alpha`"):
         NEFTuneSFTTrainer(model_folder, train_dataset=token_dataset(), neftune_noise_alpha="5")
 

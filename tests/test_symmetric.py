@@ -33,8 +33,8 @@ from neftune_hf import (
 )
 from neftune_hf.errors import NoNoiseError
 from neftune_hf.layout import sequence_layout
+from neftune_hf.model_card import add_to_card
 from neftune_hf.noise import noise_key
-from neftune_hf.trainer import add_to_card
 
 from .conftest import VOCAB, byte_tokenizer, leftovers, tiny_llama, token_dataset
 from .helpers import COMMON, IDS, LABELLED_BATCH, Gradients, MixedTrainer, Probe, embedded, losses, make, train
@@ -59,7 +59,7 @@ def test_a_handle_negates_and_restores(dtype):
             _ = 1 / 0
         assert torch.equal(embedded(model, **LABELLED_BATCH), first)
         assert (handle.step, handle.alpha) == (0, 5)
-        assert handle.noised_forwards == {"model.embed_tokens": 5}
+        assert handle.noised_steps == {"model.embed_tokens": 1}
     assert torch.equal(first, add_noise(clean, layout, 5.0, noise_key(3)))
     assert torch.equal(second, add_noise(clean, layout, -5.0, noise_key(3)))
     assert not torch.equal(first, second)
@@ -511,7 +511,7 @@ def test_a_callback_alone_is_refused_and_the_mixin_takes_it(tmp_path, caplog):
     train(own)
     assert losses(taken) == losses(own)
     run = own.neftune_callback.run
-    assert run.noised_forwards == {"model.embed_tokens": 8}
+    assert run.noised_steps == {"model.embed_tokens": 4}
     card = tmp_path / "README.md"
     card.write_text("---\ntags: []\n---\n# Card\n")
     add_to_card(card, run)

@@ -128,13 +128,13 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
     model = tiny_llama(attention_dropout=0.0, attn_implementation="sdpa")
     watch = Watch(model)
     powers = []
-    summed = callback_module.summed_over_ranks
+    summed = callback_module.sum_over_ranks
 
     def spy(power):
         powers.append(power.clone())
         return summed(power)
 
-    callback_module.summed_over_ranks = spy
+    callback_module.sum_over_ranks = spy
     settings |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "alpha": 5}
     rows = {"cp": 4, "sp": 1}.get(setup, 4 // world)  # one for Ulysses, whose slices of more do not view on a CPU
     settings |= {"per_device_train_batch_size": rows}

@@ -37,7 +37,7 @@ def main(kind: str, folder: Path) -> None:
         short = make(folder / "short", mixed, model=model, alpha=5, callbacks=[seen], **settings | {"max_steps": 1})
         short.train()
         gradients.append({name.removeprefix("module."): g for name, g in seen.seen[0].items()})
-        neftune_hf.trainer._without_synchronisation = lambda accelerator, model: contextlib.nullcontext()
+        neftune_hf.symmetric.without_synchronisation = lambda accelerator, model: contextlib.nullcontext()
     weights = [p.detach() for p in trainer.model.parameters()]
     again = [p.detach() for p in resumed.model.parameters()] if resumed else weights
     saved = {"seen": probe.training, "losses": losses(trainer), "weights": weights, "again": again}

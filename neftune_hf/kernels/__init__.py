@@ -1,26 +1,33 @@
-"""`noise.add_noise` for the output of an embedding, by the fastest path for its device, with an identity gradient."""
+"""`noise.add_noise` for the output of an embedding, by the fastest kernel for its device, with an identity gradient."""
 
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from ..errors import NEFTuneWarning, first_line
 from ..layout import CallArguments, layout_of_call
-from ..noise import MEASURED_TOKENS, add_noise
+from ..noise import SequenceLayout, add_noise
 from . import cpu
 
+Kernel = Callable[..., torch.Tensor]  # with the signature of `noise.add_noise`
+_PROOF_TOKENS = 64
 
-class Part(NamedTuple):
-    """This process's part of sharded embeddings.
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of sharded embeddings that this process has.
 
     Attributes:
         shape: Shape of the full embeddings, (*shape of the ids, d).
-        own: This process's slice of each dimension.
+        index: This process's slice of each dimension.
     """
 
     shape: tuple[int, ...]
-    own: tuple[slice, ...]
+    index: tuple[slice, ...]
 
 
 def add_noise_to_call(
@@ -29,10 +36,9 @@ def add_noise_to_call(
     neftune_noise_alpha: torch.Tensor,
     key: torch.Tensor,
     neftune_noise_type: str,
-    power: torch.Tensor,
-    by_width: bool = False,
-    mark: tuple[int, ...] = (),
-    part: Part | None = None,
+    power_sums: torch.Tensor,
+    checkpoint_tag: tuple[int, ...] = (),
+    shard: Shard | None = None,
 ) -> torch.Tensor:
     """e' = e + alpha / sqrt(L * d) * u, for the ids embedded in a forward call.
 
@@ -40,113 +46,133 @@ def add_noise_to_call(
         embeddings (`torch.Tensor`): The embedding module's output for `call.input_ids`; not modified.
         neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`. A negative
             alpha flips the sign of the noise.
-        power (`torch.Tensor`): (2,) float32. The powers of noise and embeddings, summed over a sample of the real
-            tokens, are added to it.
-        by_width (`bool`): Treat each row, padding included, as one sequence.
-        mark (`tuple[int, ...]`): Shape of an empty tensor that encodes key and sign. If a checkpoint recomputes a pass
-            with a different one, torch raises `CheckpointError`.
-        part ([`Part`], *optional*): This process's part of the call's embeddings.
+        power_sums (`torch.Tensor`): (2,) float32. The powers of noise and embeddings, summed over the real tokens, are
+            added to it.
+        checkpoint_tag (`tuple[int, ...]`): Shape of an empty tensor, as in [`_StraightThrough`].
+        shard ([`Shard`], *optional*): This process's part of the call's embeddings.
 
     Returns:
         `torch.Tensor`: e', a new tensor, whose gradient with respect to `embeddings` is the identity.
     """
-    if by_width:
-        call = CallArguments(call.input_ids, is_time_major=call.is_time_major, own_columns=call.own_columns)
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
-        return _on_local(_plain, embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, part)
-    return _AddNoise.apply(embeddings, call, neftune_noise_alpha, key, neftune_noise_type, power, mark, part)
+    local = embeddings.to_local() if isinstance(embeddings, DTensor) else embeddings
+    compiling = torch.compiler.is_compiling()
+    is_wrapped = not compiling and torch._C._functorch.is_functorch_wrapped_tensor(local)
+    with torch.no_grad():
+        layout = _as_embedded(layout_of_call(call), embeddings.shape, shard)
+        if not is_wrapped:
+            d = embeddings.shape[-1] if shard is None else shard.shape[-1]
+            _measure(local, layout, neftune_noise_alpha * (local.shape[-1] / d) ** 0.5, power_sums)
+    is_eager = not (is_wrapped or compiling)
+    kernel = kernel_for(local, layout, neftune_noise_type) if is_eager and shard is None else add_noise
+
+    def add(embeddings: torch.Tensor) -> torch.Tensor:
+        local = embeddings.to_local() if isinstance(embeddings, DTensor) else embeddings
+        noised = _add_to_shard(kernel, local, layout, neftune_noise_alpha, key, neftune_noise_type, shard)
+        if not isinstance(embeddings, DTensor):
+            return noised
+        mesh, shape, stride = embeddings.device_mesh, embeddings.shape, embeddings.stride()
+        return DTensor.from_local(noised, mesh, embeddings.placements, run_check=False, shape=shape, stride=stride)
+
+    # Traced, it is a sum with a constant, which has this gradient.
+    return _StraightThrough.apply(embeddings, add, checkpoint_tag) if is_eager else add(embeddings)
 
 
-class _AddNoise(torch.autograd.Function):
-    """The noise is a constant of the graph, so only an empty tensor is saved for backward.
+class _StraightThrough(torch.autograd.Function):
+    """`add(embeddings)` with an identity gradient, since the noise is a constant of the graph.
 
-    A checkpoint compares the number and shapes of the tensors saved in its two passes. The mark is a shape, so the
-    checkpoint detects noise that is in one pass only or differs between the two.
+    A checkpoint compares the number and shapes of the tensors that its two passes save. The shape of the empty tensor
+    saved here encodes the key and the sign of the noise, so torch raises `CheckpointError` if the two passes differ in
+    their noise, or if only one of them has any.
     """
 
     @staticmethod
-    def forward(ctx, embeddings, call, alpha, key, noise_type, power, mark, part):
-        ctx.save_for_backward(torch.empty(mark, device=key.device))
-        return _on_local(_by_device, embeddings, call, alpha, key, noise_type, power, part)
+    def forward(ctx, embeddings, add, checkpoint_tag):
+        ctx.save_for_backward(torch.empty(checkpoint_tag, device=embeddings.device))
+        return add(embeddings)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient, *(None,) * 7
+        return gradient, None, None
 
     @staticmethod
     def jvp(ctx, tangent, *constants):
         return tangent
 
 
-def _on_local(add, embeddings, *arguments) -> torch.Tensor:
-    """Call `add` on the local tensor of a DTensor."""
-    if not isinstance(embeddings, DTensor):
-        return add(embeddings, *arguments)
-    noised = add(embeddings.to_local(), *arguments)
-    return DTensor.from_local(
-        noised,
-        embeddings.device_mesh,
-        embeddings.placements,
-        run_check=False,
-        shape=embeddings.shape,
-        stride=embeddings.stride(),
-    )
-
-
-def _by_device(embeddings, call, alpha, key, noise_type, power, part) -> torch.Tensor:
-    if part is not None:
-        return _plain(embeddings, call, alpha, key, noise_type, power, part)
-    return _path(embeddings, call, noise_type)(embeddings, call, alpha, key, noise_type, power)
-
-
-def _path(embeddings: torch.Tensor, call: CallArguments, noise_type: str):
-    if type(embeddings) is not torch.Tensor and type(embeddings) is not torch.nn.Parameter:
-        return _plain
+def kernel_for(embeddings: torch.Tensor, layout: SequenceLayout, noise_type: str) -> Kernel:
+    """The fastest kernel for these embeddings that has proven to equal the reference on this machine."""
+    if type(embeddings) not in (torch.Tensor, torch.nn.Parameter) or not embeddings.numel():
+        return add_noise
     if embeddings.device.type == "cpu":
-        return _in_blocks
+        return cpu.add_noise
     if embeddings.device.type == "cuda" and find_spec("triton"):
         from . import triton
 
-        if triton.can_add(embeddings, call, noise_type):
-            return triton.add_noise_to_call
-    return _plain
+        if triton.supports(embeddings, noise_type) and is_proven(triton.add_noise, embeddings, layout, noise_type):
+            return triton.add_noise
+    return add_noise
 
 
-def _plain(embeddings, call, alpha, key, noise_type, power, part=None) -> torch.Tensor:
-    return _with_layout(add_noise, embeddings, call, alpha, key, noise_type, power, part)
+_proven: dict[tuple, bool] = {}
 
 
-def _in_blocks(embeddings, call, alpha, key, noise_type, power) -> torch.Tensor:
-    return _with_layout(cpu.add_noise, embeddings, call, alpha, key, noise_type, power)
+def is_proven(kernel: Kernel, embeddings: torch.Tensor, layout: SequenceLayout, noise_type: str) -> bool:
+    """Whether `kernel` equals the reference on a few tokens: asked once for each device, dtype and noise type.
+
+    A compiled kernel is new on every card and with every compiler. If it differs or raises, a warning names the device,
+    and the reference is used from then on.
+    """
+    case = kernel, embeddings.device, embeddings.dtype, noise_type
+    if case not in _proven:
+        few = embeddings.reshape(-1, embeddings.shape[-1])[:_PROOF_TOKENS]
+        layout = SequenceLayout(*(tensor.reshape(-1)[:_PROOF_TOKENS] for tensor in layout))
+        try:
+            _proven[case] = _equals_reference(kernel, few, layout, noise_type)
+            reason = "differs from the reference"
+        except Exception as error:  # a compiler's or a driver's
+            _proven[case], reason = False, f"raises {type(error).__name__}: {first_line(error)}"
+        if not _proven[case]:
+            name = torch.cuda.get_device_name(embeddings.device) if embeddings.is_cuda else embeddings.device.type
+            warnings.warn(
+                f"NEFTune's kernel {kernel.__module__} {reason} on {name} in {embeddings.dtype}. The reference is used "
+                "there instead: the noise is right, and takes longer. Please report it with `neftune-hf env`.",
+                NEFTuneWarning,
+                stacklevel=2,
+            )
+    return _proven[case]
 
 
-def _with_layout(add, embeddings, call, alpha, key, noise_type, power, part=None) -> torch.Tensor:
-    shape = embeddings.shape if part is None else part.shape
-    layout = layout_of_call(call)
-    if call.is_time_major:
-        layout = type(layout)(*(tensor.T for tensor in layout))
-    layout = type(layout)(*(tensor.reshape(shape[:-1]) for tensor in layout))
-    if part is not None:
-        layout = type(layout)(*(tensor[part.own[:-1]] for tensor in layout))
-    if embeddings.numel() and (
-        torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(embeddings)
-    ):
-        _measure(embeddings, layout.lengths, alpha * (embeddings.shape[-1] / shape[-1]) ** 0.5, power)
-    if embeddings.shape[-1] == shape[-1]:
-        return add(embeddings, layout, alpha, key, noise_type)
+def _equals_reference(kernel: Kernel, embeddings: torch.Tensor, layout: SequenceLayout, noise_type: str) -> bool:
+    """The same noise to the bit, and sums that differ by one rounding at most: not every device fuses them."""
+    alpha, key = layout.hashes.new_full((), 5, dtype=torch.float32), layout.hashes.new_full((), 7)
+    noises, sums = (
+        (kernel(e, layout, alpha, key, noise_type), add_noise(e, layout, alpha, key, noise_type))
+        for e in (torch.zeros_like(embeddings), embeddings)
+    )
+    eps = torch.finfo(embeddings.dtype).eps
+    return torch.equal(*noises) and torch.allclose(*sums, rtol=eps, atol=eps, equal_nan=True)
+
+
+def _as_embedded(layout: SequenceLayout, shape: torch.Size, shard: Shard | None) -> SequenceLayout:
+    """The layout in the shape of the embedded ids, of which a shard has a part."""
+    if shard is None:
+        return SequenceLayout(*(tensor.reshape(shape[:-1]) for tensor in layout))
+    return SequenceLayout(*(tensor.reshape(shard.shape[:-1])[shard.index[:-1]] for tensor in layout))
+
+
+def _add_to_shard(kernel: Kernel, embeddings, layout, alpha, key, noise_type, shard: Shard | None) -> torch.Tensor:
+    if shard is None or embeddings.shape[-1] == shard.shape[-1]:
+        return kernel(embeddings, layout, alpha, key, noise_type)
     # A shard of the channels: compute the noise of all channels, so that the bits are the same, and slice.
-    channels = part.own[-1]
-    wide = torch.nn.functional.pad(embeddings, (channels.start, shape[-1] - channels.stop))
-    return add(wide, layout, alpha, key, noise_type)[..., channels].contiguous()
+    channels = shard.index[-1]
+    wide = torch.nn.functional.pad(embeddings, (channels.start, shard.shape[-1] - channels.stop))
+    return kernel(wide, layout, alpha, key, noise_type)[..., channels].contiguous()
 
 
-@torch.no_grad()
-def _measure(embeddings: torch.Tensor, lengths: torch.Tensor, alpha: torch.Tensor, power: torch.Tensor) -> None:
-    """Add a sample's powers: alpha^2 / (3 L) per token for the noise, the squared norms for the embeddings."""
-    chosen = torch.arange(MEASURED_TOKENS, device=lengths.device) * lengths.numel() // MEASURED_TOKENS
-    lengths = lengths.reshape(-1)[chosen]
-    sample = embeddings.detach().reshape(-1, embeddings.shape[-1])[chosen]
-    real = lengths > 0
-    noise = (real / lengths.clamp(min=1).float()).sum() * alpha.square() / 3
-    norms = torch.linalg.vector_norm(sample, dim=-1, dtype=torch.promote_types(sample.dtype, torch.float32))
-    power.add_(torch.stack([noise, (norms.square() * real).sum().float()]))
+def _measure(embeddings: torch.Tensor, layout: SequenceLayout, alpha: torch.Tensor, power_sums: torch.Tensor) -> None:
+    """Add the powers of the real tokens: alpha^2 / (3 L) for the noise's expectation, the squared norms of e."""
+    is_real = layout.lengths > 0
+    noise = (is_real / layout.lengths.clamp(min=1).float()).sum() * alpha.square() / 3
+    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(embeddings.detach(), dim=-1, dtype=wide)
+    power_sums.add_(torch.stack([noise, torch.where(is_real, norms.square(), 0).sum().float()]))
