@@ -185,7 +185,7 @@ LAYOUTS = {
 def noise_table() -> str:
     """Table of the noise at alpha 5 with the built-in and with this library, on real record lengths."""
     lines = [
-        "| layout | built-in: median record | 5 to 95 % of records | works like alpha | `neftune_hf` |",
+        "| layout | built-in: median record | 5 to 95 % of records | effective alpha | `neftune_hf` |",
         "|---|---|---|---|---|",
     ]
     for layout, text in LAYOUTS.items():
@@ -199,7 +199,7 @@ def noise_table() -> str:
 
 
 def noise_by_layout():
-    """How far each record's noise is from the paper's, at alpha 5."""
+    """Noise applied to each record at alpha 5, relative to the paper's formula."""
     figure, axes = pyplot.subplots(figsize=(4.8, 3.7))
     y = 0.0
     for layout in LAYOUTS:
@@ -214,7 +214,7 @@ def noise_by_layout():
     axes.text(1, -0.85, "the paper's", color=INK, ha="center", va="center")
     axes.set(xlim=(0, 1.12), ylim=(y + 0.45, -1.1), yticks=[])
     axes.set_xlabel(
-        "noise of a record's tokens over the paper's (RMS over RMS)\nbar: 5 to 95 % of records, line: median"
+        "noise applied to each record, relative to the paper's\nformula (RMS; bar: 5 to 95 % of records, line: median)"
     )
     plain(axes, "bottom")
     return figure
@@ -328,21 +328,21 @@ def life_of_the_hooks():
 
 
 def snr():
-    """Noise at alpha 5 relative to models' embeddings, in decibels, over L."""
+    """Signal-to-noise ratio of models' embeddings at alpha 5, in decibels, over L."""
     models = json.loads(MEASURED.read_text())["models"]
     figure, axes = pyplot.subplots(figsize=(4.8, 3.9))
     lengths = np.geomspace(16, 4096, 50)
     gemma = models["gemma-3-270m"]
     lines = [
-        ("SmolLM2-135M", models["SmolLM2-135M-Instruct"], 1.0, OURS, "-", (18, -22), "left"),
-        ("gemma-3-270m, noise before\nits multiplier", gemma, 1.0, THIRD, ":", (4096, -10), "right"),
+        ("SmolLM2-135M", models["SmolLM2-135M-Instruct"], 1.0, OURS, "-", (18, 27), "left"),
+        ("gemma-3-270m, noise before\nits multiplier", gemma, 1.0, THIRD, ":", (4096, 7), "right"),
         (
             "gemma-3-270m, noise after its\nmultiplier, as it is here",
             gemma,
             gemma["d"] ** 0.5,
             BUILTIN,
             "--",
-            (18, -50),
+            (18, 50),
             "left",
         ),
     ]
@@ -351,7 +351,7 @@ def snr():
         axes.plot(lengths, ratio, color=colour, linestyle=style, linewidth=2.2)
         axes.text(*place, name, color=colour, weight="bold", ha=align, va="center")
     axes.set_xscale("log", base=2)
-    axes.set(xlim=(16, 4096), ylim=(-58, 0), xticks=[16, 64, 256, 1024, 4096])
+    axes.set(xlim=(16, 4096), ylim=(0, 58), xticks=[16, 64, 256, 1024, 4096])
     axes.set_xticklabels(["16", "64", "256", "1,024", "4,096"])
     axes.minorticks_off()
     axes.set_xlabel("L, tokens in the sequence")
