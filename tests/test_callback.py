@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.integrations import integration_utils
+from trl import SFTConfig, SFTTrainer
 
-from neftune_hf import NEFTuneCallback, NEFTuneError, add_noise, attach
-from neftune_hf.errors import NoNoiseError
+from neftune_hf import NEFTuneCallback, NEFTuneError, NEFTuneTrainerMixin, add_noise, attach
+from neftune_hf.errors import NEFTuneWarning, NoNoiseError
 from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
-from .conftest import ROOT, leftovers, tiny_llama, token_dataset
+from .conftest import ROOT, byte_tokenizer, leftovers, tiny_llama, token_dataset
 from .helpers import BATCH, COMMON, MixedTrainer, Probe, losses, make, train
 
 MIXED = {"mixin": (MixedTrainer, lambda: []), "callback": (Trainer, lambda: [NEFTuneCallback(neftune_noise_alpha=5)])}
@@ -442,3 +443,66 @@ def test_a_run_does_not_keep_the_model(tmp_path, kind, trainer_class):
     assert reference() is None
     assert callback.run.noised_steps["model.embed_tokens"] >= 1
     assert pickle.loads(pickle.dumps(callback)).fields == callback.fields
+
+
+@pytest.mark.parametrize("mixin", [True, False])
+def test_wrapped_packing_has_no_bounds_and_a_warning_says_so(mixin, tmp_path):
+    kind = type("Mixed", (NEFTuneTrainerMixin, SFTTrainer), {}) if mixin else SFTTrainer
+    config = SFTConfig(str(tmp_path), bf16=False, packing=True, packing_strategy="wrapped", **COMMON | {"max_steps": 1})
+    data = token_dataset()
+    trainer = kind(
+        tiny_llama(), config, train_dataset=data, processing_class=byte_tokenizer(),
+        callbacks=[NEFTuneCallback(neftune_noise_alpha=5)],
+    )  # fmt: skip
+    with pytest.warns(NEFTuneWarning, match="`packing_strategy='wrapped'` splits documents"):
+        trainer.train()
+
+
+def test_a_log_of_other_code_does_not_take_the_steps_metrics(tmp_path):
+    class Other(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            self.trainer.callback_handler.on_log(args, state, control, {"loss": 0.0})
+            control.should_log = True
+
+    trainer = make(tmp_path, callbacks=[other := Other(), NEFTuneCallback(neftune_noise_alpha=5)])
+    other.trainer = trainer
+    train(trainer)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 4
+    assert all(entry["neftune/alpha"] == 5 and "neftune/snr_db" in entry for entry in entries)
+    assert not any("neftune/alpha" in entry for entry in trainer.state.log_history if "loss" not in entry)
+
+
+def test_noise_below_the_rounding_of_the_embeddings_is_said_once_a_run(tmp_path, caplog):
+    """transformers' documentation has alpha 0.1."""
+    model = tiny_llama().bfloat16()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(0, 1)
+    trainer = make(tmp_path, model=model, callbacks=[NEFTuneCallback(neftune_noise_alpha=1e-2)])
+    train(trainer)
+    texts = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(texts) == 1
+    assert "`neftune_noise_alpha` 0.01" in texts[0]
+    assert "below half a unit in the last place of the embeddings in bfloat16 (SNR +" in texts[0]
+
+
+def test_nothing_recorded_outlives_its_step_in_a_trainer(tmp_path):
+    alive = []
+
+    class Keep(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            gc.collect()
+            self.alive = sum(reference() is not None for reference in alive)
+
+    trainer = make(tmp_path, callbacks=[keep := Keep(), NEFTuneCallback(neftune_noise_alpha=5)])
+    collate = trainer.data_collator
+
+    def watched(rows):
+        batch = collate(rows)
+        alive.extend(map(weakref.ref, batch.values()))
+        return batch
+
+    trainer.data_collator = watched
+    train(trainer)
+    assert len(alive) >= 12
+    assert keep.alive <= 6  # of the last batch, which the Trainer itself holds, and of one that was fetched ahead

@@ -1,6 +1,7 @@
 """Settings: which values are refused, the error messages, and precedence."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 
 from neftune_hf import NEFTuneConfig, NEFTuneError, NEFTuneSFTConfig, attach
 from neftune_hf.config import CHOICES, FIELDS, merge
+from neftune_hf.errors import NEFTuneConfigError
 
 from .conftest import leftovers, tiny_llama
 
@@ -87,3 +89,14 @@ def test_the_two_configs_have_the_same_fields():
         for choice in CHOICES.get(name, ()):
             assert re.search(rf"\b{choice}\b", trls[name].metadata["help"])
             assert f'"{choice}"' in entries[name]
+
+
+def test_settings_are_taken_as_python_numbers():
+    config = NEFTuneConfig(neftune_noise_alpha=np.float32(5), neftune_seed=np.int64(7))
+    assert json.loads(json.dumps(vars(config)))["neftune_seed"] == 7
+    assert (type(config.neftune_noise_alpha), type(config.neftune_seed)) == (float, int)
+    with attach(tiny_llama(), config) as handle:
+        handle.set_step(np.int64(3))
+        assert handle.step == 3
+    with pytest.raises(NEFTuneConfigError, match=r"`neftune_noise_alpha` must be .*float32.* got 1e\+39"):
+        NEFTuneConfig(neftune_noise_alpha=1e39)  # finite in Python only

@@ -1,9 +1,11 @@
 """A handle: its steps, attaching and removing it, what is without noise, and copies of a model that has one."""
 
 import copy
+import functools
 import gc
 import io
 import math
+import pickle
 import subprocess
 import sys
 import weakref
@@ -11,15 +13,17 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils.checkpoint import checkpoint
 
 from neftune_hf import NEFTuneError, attach
 from neftune_hf.errors import NoNoiseError
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
-from .helpers import BATCH, IDS, LABELLED_BATCH, embedded, lookup_of, lookups
+from .helpers import BATCH, IDS, LABELLED_BATCH, alpha_by_row, embedded, lookup_of, lookups, noise_of
 
 
 def sgd(model, **settings):
@@ -349,3 +353,153 @@ def test_a_finished_handle_is_not_pickled_with_the_model():
     after = io.BytesIO()
     torch.save(model, after)
     assert len(after.getvalue()) == len(clean.getvalue())
+
+
+# A step ends, whoever ends it
+
+
+@pytest.mark.parametrize("end", ["the optimizer", "set_step", "leaving the block"])
+def test_a_step_without_noise_is_an_error_when_it_ends(end):
+    model = tiny_llama().train()
+    given = {"inputs_embeds": torch.randn(2, 6, D), "attention_mask": BATCH["attention_mask"], "labels": IDS}
+    optimizer = sgd(model)
+
+    def run():
+        with attach(model, neftune_noise_alpha=5) as handle:
+            model(**given).loss.backward()
+            if end == "the optimizer":
+                optimizer.step()
+            elif end == "set_step":
+                handle.set_step(1)
+
+    with pytest.raises(NoNoiseError, match="`inputs_embeds`"):
+        run()
+    assert leftovers(model) == []
+
+
+def test_a_block_that_raises_is_left_by_its_own_error():
+    model = tiny_llama().train()
+
+    def run():
+        with attach(model, neftune_noise_alpha=5):
+            model(inputs_embeds=torch.randn(2, 6, D))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+@pytest.mark.parametrize("how", ["loop", "loop with set_step", "checkpointing", "embedding checkpointed"])
+def test_nothing_recorded_outlives_its_step(how):
+    model = tiny_llama().train()
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if how == "embedding checkpointed":
+        embed = model.model.embed_tokens.forward
+        model.model.embed_tokens.forward = lambda ids: checkpoint(embed, ids, use_reentrant=False)
+    optimizer, alive = sgd(model), []
+    with attach(model, neftune_noise_alpha=5) as handle:
+        for step in range(6):
+            if how == "loop with set_step":
+                handle.set_step(step)
+            tensors = [IDS.clone(), BATCH["attention_mask"].clone(), torch.arange(6)[None].clone()]
+            ids, mask, positions = tensors
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            alive += map(weakref.ref, tensors)
+            del tensors, ids, mask, positions
+            if how == "loop with set_step":
+                handle.set_step(step + 1)
+            gc.collect()
+            assert not any(reference() is not None for reference in alive)
+
+
+def test_a_finished_handle_is_pickled_without_the_model_and_does_not_keep_it():
+    model = tiny_llama().train()
+    with attach(model, neftune_noise_alpha=5) as handle:
+        model(**LABELLED_BATCH).loss.backward()
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert handle.noised_steps == {"model.embed_tokens": 1}
+    assert str(handle.sites[0]) == "model.embed_tokens (Embedding, d=32)"
+    for twin in (pickle.loads(pickle.dumps(handle)), copy.deepcopy(handle)):
+        assert (twin.config, twin.step, twin.alpha) == (handle.config, 0, 5.0)
+        with pytest.raises(NEFTuneError, match="no longer exists, or of its copy"):
+            twin.attach()
+    with pytest.raises(NEFTuneError, match="no longer exists"):
+        handle.attach()
+
+
+# What others do to a model meanwhile
+
+
+def test_a_forward_that_wraps_ours_may_be_put_back():
+    """`functools.wraps` copies the attributes of the forward that it wraps."""
+    model = tiny_llama(attention_dropout=0.0).train()
+    clean = model(**BATCH).logits
+    handle = attach(model, neftune_noise_alpha=5)
+    forward = model.model.forward
+    model.model.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+    handle.remove()
+    assert torch.equal(model(**BATCH).logits, clean)
+    for _ in range(2):
+        with attach(model, neftune_noise_alpha=5):
+            assert alpha_by_row(noise_of(model, **BATCH), (6, 4)) == pytest.approx([5, 5], rel=0.2)
+        assert torch.equal(model(**BATCH).logits, clean)
+
+
+def test_accelerates_hooks_put_on_while_attached_and_removed_later():
+    model = tiny_llama(attention_dropout=0.0).train()
+    clean = model(**BATCH).logits
+    handle = attach(model, neftune_noise_alpha=5)
+    add_hook_to_module(model.model, ModelHook())
+    handle.remove()
+    remove_hook_from_module(model.model)
+    with attach(model, neftune_noise_alpha=5):
+        assert alpha_by_row(noise_of(model, **BATCH), (6, 4)) == pytest.approx([5, 5], rel=0.2)
+    assert torch.equal(model(**BATCH).logits, clean)
+
+
+def test_a_default_device_that_is_not_the_models():
+    model = tiny_llama().train()
+    with torch.device("meta"), attach(model, neftune_noise_alpha=5) as handle:
+        model.model.embed_tokens(IDS)
+        assert handle.snr_db is not None
+
+
+def test_embeddings_whose_power_overflows_have_no_ratio():
+    model = tiny_llama().train()
+    with attach(model, neftune_noise_alpha=5) as handle:
+        with torch.no_grad():
+            model.model.embed_tokens.weight.fill_(1e20)
+        model.model.embed_tokens(IDS)
+        assert handle.snr_db is None
+
+
+@pytest.mark.parametrize("rows", [2, 16, 32])
+def test_the_ratio_is_that_of_all_tokens_wherever_the_large_ones_are(rows):
+    """A first token of large norm in each row, and left padding, which evenly spaced samples hit or miss."""
+    model = tiny_llama().train()
+    ids = torch.randint(3, VOCAB, (rows, 32))
+    mask = (torch.arange(32) >= torch.randint(0, 20, (rows, 1))).long()
+    ids[torch.arange(rows), mask.argmax(1)] = 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 50
+    with attach(model, neftune_noise_alpha=5) as handle:
+        lookup = lookup_of(model, input_ids=ids, attention_mask=mask)
+        true = lookup.clean[mask.bool()].square().sum() / lookup.noise.square().sum()
+        assert handle.snr_db == pytest.approx(10 * math.log10(true), abs=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_attached_model_in_evaluation_is_exported(strict):
+    model = tiny_llama().eval()
+    model.config.use_cache = False
+    clean = model(**BATCH).logits
+    with attach(model, neftune_noise_alpha=5), torch.no_grad():
+        exported = torch.export.export(model, (), BATCH, strict=strict)
+    torch.testing.assert_close(exported.module()(**BATCH).logits, clean)

@@ -1,5 +1,6 @@
 """transformers beside this library: its built-in NEFTune, and who owns a Trainer's noise."""
 
+import gc
 import logging
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.neftune import activate_neftune, neftune_post_forward_hook
+from transformers.trainer_callback import CallbackHandler
 
+import neftune_hf
 from neftune_hf import NEFTuneCallback, NEFTuneError, attach
 
 from .conftest import VOCAB, leftovers, tiny_llama
@@ -129,3 +132,109 @@ def test_two_callbacks_are_refused_at_construction(tmp_path, trainer_class):
 def test_a_callback_and_keywords_are_refused(tmp_path):
     with pytest.raises(NEFTuneError, match="two `NEFTuneCallback`s"):
         make(tmp_path, lambda *a, **k: MixedTrainer(*a, **k, **ALPHA_5), callbacks=[NEFTuneCallback(**ALPHA_5)])
+
+
+# After us
+
+
+@pytest.mark.parametrize("ours", ["callback", "mixin", "patch", "removed callback"])
+def test_the_built_in_works_in_a_trainer_after_a_run_of_ours(ours, tmp_path):
+    """Whether ours replaces it is asked of each Trainer, while a callback of ours is alive, too."""
+    model = tiny_llama()
+    callback = NEFTuneCallback(**ALPHA_5)
+    if ours == "patch":
+        undo = neftune_hf.patch_transformers()
+        first = make(tmp_path, model=model, alpha=5)
+    else:
+        kind, callbacks = (MixedTrainer, []) if ours == "mixin" else (Trainer, [callback])
+        first = make(tmp_path, kind, model=model, alpha=5, callbacks=callbacks)
+    train(first)
+    if ours == "patch":
+        undo()
+    if ours == "removed callback":
+        first.remove_callback(callback)
+    probe = Probe(model)
+    train(first if ours == "removed callback" else make(tmp_path, model=model, alpha=5))
+    assert len(probe.training) == 4
+    assert not any(torch.equal(noised, clean) for _, noised, clean in probe.training)
+    assert leftovers(model) == []
+
+
+def patches():
+    names = "on_init_end", "on_train_begin", "on_log"
+    return [vars(CallbackHandler)[name] for name in names] + [vars(Trainer).get("neftune_noise_alpha")]
+
+
+def test_the_patches_go_with_the_last_callback_and_with_undo(tmp_path):
+    gc.collect()  # callbacks of other tests
+    before = patches()
+    assert all(function.__module__ == "transformers.trainer_callback" for function in before[:3])
+    callback = NEFTuneCallback(**ALPHA_5)
+    undo = neftune_hf.patch_transformers()
+    assert all(new is not old for new, old in zip(patches(), before, strict=True))
+    train(make(tmp_path, callbacks=[callback]))
+    del callback
+    gc.collect()
+    assert all(new is not old for new, old in zip(patches(), before, strict=True))  # still patched
+    undo()
+    undo()
+    assert patches() == before
+    with pytest.raises(NEFTuneError):
+        NEFTuneCallback(neftune_noise_alpha=-1)
+    gc.collect()
+    assert patches() == before
+
+
+def test_what_others_have_wrapped_since_stays(monkeypatch):
+    gc.collect()
+    before = CallbackHandler.on_log
+    callback = NEFTuneCallback(**ALPHA_5)
+    ours = CallbackHandler.on_log
+
+    def theirs(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(CallbackHandler, "on_log", theirs)
+    del callback
+    gc.collect()
+    assert CallbackHandler.on_log is theirs
+    monkeypatch.undo()
+    CallbackHandler.on_log = before
+
+
+def test_a_trainers_list_of_callbacks_is_as_the_user_made_it(tmp_path):
+    NEFTuneCallback(**ALPHA_5)
+    undo = neftune_hf.patch_transformers()
+    kinds = [type(callback) for callback in make(tmp_path).callback_handler.callbacks]
+    undo()
+    gc.collect()
+    assert kinds == [type(callback) for callback in make(tmp_path).callback_handler.callbacks]
+
+
+@pytest.mark.parametrize("how", ["added", "unpickled", "copied"])
+def test_reporters_see_the_metrics_of_a_callback_however_it_came(how, tmp_path):
+    """As the first of its process, which the Trainer is older than."""
+    code = f"""
+import copy, pickle
+from transformers import TrainerCallback
+from tests.conftest import tiny_llama
+from tests.helpers import make, train
+logged = []
+
+class Tracker(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logged.append(dict(logs))
+
+trainer = make({str(tmp_path)!r}, callbacks=[Tracker()])
+from neftune_hf import NEFTuneCallback
+callback = NEFTuneCallback(neftune_noise_alpha=5)
+if {how!r} == "unpickled":
+    callback = pickle.loads(pickle.dumps(callback))
+if {how!r} == "copied":
+    callback = copy.deepcopy(callback)
+trainer.add_callback(callback)
+train(trainer)
+assert [entry["neftune/alpha"] for entry in logged if "loss" in entry] == [5.0] * 4
+assert all("neftune/snr_db" in entry for entry in logged if "loss" in entry)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
