@@ -24,10 +24,9 @@ from torch.optim import optimizer as torch_optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from neftune_hf import NEFTuneCallback, NEFTuneSFTConfig, NEFTuneSFTTrainer, NEFTuneTrainerMixin, attach
-from neftune_hf import callback as callback_module
+from neftune_hf import NEFTuneCallback, NEFTuneSFTConfig, NEFTuneSFTTrainer, NEFTuneTrainerMixin, attach, integration
 from neftune_hf import handle as handle_module
-from neftune_hf.hooks import RecordedForward
+from neftune_hf.hooks import ArgumentRecorder
 
 WARM_UP = 0.2  # share of cycles to ignore
 RSS_SLACK = 1.02
@@ -177,11 +176,12 @@ def count() -> dict[str, float]:
         "modules": len(modules),
         "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
         "wrapped": sum("forward" in vars(module) for module in modules),
-        "recorded": sum(isinstance(thing, RecordedForward) for thing in gc.get_objects()),
+        "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()),
+        "recorders": sum(isinstance(thing, ArgumentRecorder) for thing in gc.get_objects()),
         "optimizer_hooks": len(torch_optimizer._global_optimizer_post_hooks),
         "default_callbacks": len(transformers.trainer.DEFAULT_CALLBACKS),
         "handles": len(handle_module._attached),
-        "callbacks": len(callback_module._callbacks),
+        "owners": integration._users,
         "files": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),
         "rss_mib": round(resident, 1),

@@ -1,5 +1,8 @@
 """Noise in compiled models: the same bits, as many graphs as without, and on only while the handle is attached."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,7 +11,7 @@ from neftune_hf import NEFTuneCallback, attach
 from neftune_hf.errors import NEFTuneWarning
 
 from .conftest import VOCAB, leftovers, tiny_llama
-from .helpers import BATCH, losses, make, train
+from .helpers import BATCH, losses, make, noise_of, train
 
 
 def graphs(shapes, between=None, steps=1, **fields):
@@ -143,3 +146,19 @@ def test_modes_of_compilation_on_a_gpu(mode):
             handle.set_step(step)
             expected = model(**given).logits
             torch.testing.assert_close(compiled(**given).logits.clone(), expected)
+
+
+def test_an_embedding_compiled_without_its_parents_has_their_mask():
+    """As accelerate's regional compilation, or `model.bert.embeddings.compile()`."""
+    torch._dynamo.reset()
+    model = tiny_llama().train()
+    eager = copy.deepcopy(model)
+    model.model.embed_tokens.compile(backend="aot_eager")
+    noises = []
+    for each in (model, eager):
+        with warnings.catch_warnings(), attach(each, neftune_noise_alpha=5, neftune_seed=1):
+            warnings.simplefilter("error", NEFTuneWarning)
+            noises.append([noise_of(each, **BATCH), noise_of(each, **{k: v[:, 1:] for k, v in BATCH.items()})])
+    for compiled, expected in zip(*noises, strict=True):
+        assert expected[0].any()
+        assert torch.equal(compiled, expected)

@@ -1,13 +1,20 @@
 """Finding input embeddings: encoder-decoders, virtual tokens, images, compiled models."""
 
+import operator
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import T5Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from neftune_hf import add_noise, attach, find_input_embeddings
+from neftune_hf.embeddings import _placeholders
 from neftune_hf.errors import EmbeddingNotFoundError
 from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
@@ -154,3 +161,48 @@ class NoEmbedding(nn.Module):
 def test_a_model_without_token_embeddings_is_refused():
     with pytest.raises(EmbeddingNotFoundError, match=r"`model` is a NoEmbedding .*get_input_embeddings"):
         attach(NoEmbedding(), neftune_noise_alpha=5)
+
+
+# The ids that each model overwrites, as its code has it.
+PLACEHOLDERS = {
+    "higgs_audio_v2": ("audio_token_id", "audio_delay_token_id"),
+    "gradium_phonon_tts": ("audio_latent_token_id", "audio_prompt_token_id", "audio_bos_token_id"),
+    "llava": ("image_token_index",),
+    "phi4_multimodal": ("vision_config.image_token_id", "audio_config.audio_token_id"),
+    "pocket_tts": ("audio_latent_token_id", "audio_prompt_token_id", "audio_bos_token_id"),
+    "qwen2_5_vl": ("image_token_id", "video_token_id"),
+    "ovis2": ("image_token_id", "visual_indicator_token_ids"),
+}
+
+
+@pytest.mark.parametrize("model_type", PLACEHOLDERS)
+def test_placeholders_are_found_wherever_the_config_has_them(model_type):
+    config = CONFIG_MAPPING[model_type]()
+    expected = set()
+    for name in PLACEHOLDERS[model_type]:
+        value = operator.attrgetter(name)(config)
+        expected.update(value if isinstance(value, list | tuple) else [value])
+    assert expected
+    assert expected <= _placeholders(config)
+    ends = {getattr(config, f"vision_{end}_token_id", None) for end in ("start", "end")}
+    assert not _placeholders(config) & ends
+
+
+COMPARED = re.compile(r"input_ids == self\.config\.([a-z_.]+_token_(?:id|ids|index))\b")
+NOT_OVERWRITTEN = re.compile(
+    r"(vision|image|video|audio)_(start|end|eos)_|\b(user|assistant|question|document|im_start|sep|eos|mask|pad)_token"
+)
+
+
+def test_no_model_compares_its_ids_with_a_placeholder_that_counts():
+    """In all of transformers' model code; the names left out mark ends, roles and special tokens of the text."""
+    compared = {}
+    for file in Path(transformers.models.__path__[0]).glob("*/modeling_*.py"):
+        for name in COMPARED.findall(file.read_text(encoding="utf-8")):
+            compared.setdefault(name.split(".")[-1], set()).add(file.parent.name)
+    assert len(compared) > 5
+    unknown = {name: models for name, models in compared.items() if not NOT_OVERWRITTEN.search(name)}
+    for name, models in unknown.items():
+        for model_type in models:
+            config = SimpleNamespace(model_type=model_type, **{name: 7})
+            assert _placeholders(config) == {7}, (name, model_type)

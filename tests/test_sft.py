@@ -94,7 +94,7 @@ def test_wrapped_packing_is_said_to_have_no_bounds(tmp_path):
             warnings.simplefilter("always", NEFTuneWarning)
             data = {"train_dataset": token_dataset(), "processing_class": byte_tokenizer()}
             NEFTuneSFTTrainer(tiny_llama(), config, neftune_noise_alpha=5, **data).train()
-        said = [w for w in caught if issubclass(w.category, NEFTuneWarning) and "row's width" in str(w.message)]
+        said = [w for w in caught if issubclass(w.category, NEFTuneWarning) and "packed width" in str(w.message)]
         assert len(said) == (strategy == "wrapped")
 
 
