@@ -1,7 +1,7 @@
 """Load instruction sets from a file, a folder or the hub, and convert them to TRL's prompt-completion format."""
 
+import glob
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,8 +48,8 @@ def load_instructions(
     """Load an instruction set with `datasets.load_dataset`.
 
     Args:
-        name (`str`): A JSON, JSONL or Parquet file, which becomes the split `train`; a folder of such files, either
-            one per split and named after it or laid out as on the hub; or the name of a data set on the hub.
+        name (`str`): A JSON, JSONL or Parquet file, which becomes the split `train`; a folder of such files, from
+            whose names datasets infers the splits; or the name of a data set on the hub.
         config (`str`, *optional*): Configuration of a hub data set.
         streaming (`bool`): Stream it.
         argument (`str`): What error messages call `name`.
@@ -68,26 +68,26 @@ def load_instructions(
     ['instruction', 'input', 'output']
     ```
     """
-    path, files = Path(name), {}
-    if path.is_dir():
-        files = _splits(path, argument)
-    elif path.suffix in _READERS:
-        files = {"train": path}
-        if not path.is_file():
-            raise DatasetError(f"`{argument}`: there is no file {name}.")
-    elif path.is_file():
-        raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
+    path, reader, files = Path(name), name, {}
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
+        reader, files = _READERS[path.suffix], {"data_files": literal_path(name)}
+    elif path.suffix in _READERS and not path.is_dir():
+        raise DatasetError(f"`{argument}`: there is no file {name}.")
+    elif path.is_dir() and glob.has_magic(str(path.resolve())):  # datasets would read the folder's name as a pattern
+        reader = "parquet" if any(path.rglob("*.parquet")) else "json"
+        files = {"data_dir": glob.escape(str(path.resolve()))}
     with dataset_errors(argument, name):
-        if not files:
-            return datasets.load_dataset(name, config, streaming=streaming)
-        splits = (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)()
-        for split, file in files.items():
-            reader = _READERS[file.suffix]
-            splits[split] = datasets.load_dataset(
-                reader, data_files={split: str(file)}, split=split, streaming=streaming
-            )
-            next(iter(splits[split]))  # a stream reports only now that it is malformed or empty
+        splits = datasets.load_dataset(reader, config, streaming=streaming, **files)
+        for data in splits.values() if path.exists() else ():
+            next(iter(data))  # a stream reports only now that it is malformed or empty
     return splits
+
+
+def literal_path(name: str) -> str:
+    """`name`, for datasets, which reads it as a glob pattern: a path that exists is that file and no other."""
+    return glob.escape(str(Path(name).absolute())) if Path(name).exists() else name
 
 
 def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: bool) -> datasets.Dataset:
@@ -259,20 +259,6 @@ def prompt_text(record: dict[str, Any], name: str) -> str:
     """The user's message: the instruction, followed by the input if there is one."""
     parts = _text(record, _INSTRUCTION, name), _text(record, _INPUT, name)
     return "\n\n".join(part for part in parts if part.strip())
-
-
-def _splits(folder: Path, argument: str) -> dict[str, Path]:
-    """The files of a folder by the split in their names; empty if the folder is laid out as on the hub."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in _READERS)
-    splits = {file.stem: file for file in files}
-    for file in files:
-        if (other := splits[file.stem]) != file:
-            raise DatasetError(
-                f"`{argument}`: {file.name} and {other.name} in {folder} are both the split {file.stem}. Rename one."
-            )
-    if not files and not any(file.suffix in _READERS for file in folder.rglob("*")):
-        raise DatasetError(f"`{argument}`: the folder {folder} has no .json, .jsonl or .parquet file.")
-    return splits if all(re.fullmatch(r"\w+", split) for split in splits) else {}
 
 
 @contextmanager

@@ -303,6 +303,8 @@ def load_splits(
     argument, name = "dataset_name", script_args.dataset_name or ""
     if mixture.datasets:  # as in TRL, takes precedence over `dataset_name`
         argument, name = "datasets", ", ".join(str(part.data_files or part.path) for part in mixture.datasets)
+        for part in mixture.datasets:
+            part.data_files = _literal_paths(part.data_files)
         with dataset_errors(argument, name):
             splits = get_dataset(mixture)
     else:
@@ -324,3 +326,14 @@ def load_splits(
         pairs = to_prompt_completion(data, called, bool(tokenizer.chat_template))
         ready.append(keep_usable(pairs, called, tokenizer, limit))
     return ready
+
+
+def _literal_paths(data_files: Any) -> Any:
+    """`literal_path` of each name in a data set's `data_files`: a name, a list, or either for each split."""
+    from .data import literal_path
+
+    if isinstance(data_files, dict):
+        return {split: _literal_paths(names) for split, names in data_files.items()}
+    if isinstance(data_files, list):
+        return [literal_path(name) for name in data_files]
+    return data_files and literal_path(data_files)

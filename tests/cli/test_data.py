@@ -57,11 +57,34 @@ def test_a_folder_laid_out_as_on_the_hub(tmp_path):
     assert {split: len(data) for split, data in load_instructions(str(tmp_path)).items()} == {"train": 2}
 
 
-def test_two_files_of_one_split_are_refused(tmp_path):
-    write(tmp_path / "train.json", [RECORD])
-    write(tmp_path / "train.jsonl", [RECORD] * 2)
-    with pytest.raises(DatasetError, match=r"`dataset_name`: train\.json and train\.jsonl in .* both the split train"):
-        load_instructions(str(tmp_path))
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "name", ["data[1].jsonl", "data*.jsonl", "data?.json", "set[1]/data.jsonl", "[!a]/*[0-9].jsonl"]
+)
+def test_a_file_that_exists_is_read_and_no_other(name, streaming, tmp_path, monkeypatch):
+    """datasets reads names as glob patterns; each name here also matches one of the other files as a pattern."""
+    monkeypatch.chdir(tmp_path)
+    for other in ("data1.jsonl", "data12.jsonl", "data1.json", "set1/data.jsonl", "b/x1.jsonl", name):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        write(tmp_path / other, [{"text": other}])
+    for argument in (name, str(tmp_path / name)):
+        data = load_instructions(argument, streaming=streaming)
+        assert [(split, list(rows)) for split, rows in data.items()] == [("train", [{"text": name}])]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("name", ["set[1]", "set*", "set?"])
+def test_a_folder_that_exists_is_read_and_no_other(name, relative, kind, tmp_path, monkeypatch):
+    for folder in ("set1", name):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        for split in ("train", "test"):
+            data = Dataset.from_list([{"text": f"{folder} {split}"}])
+            file = str(tmp_path / folder / "data" / f"{split}.{kind}")
+            _ = data.to_parquet(file) if kind == "parquet" else data.to_json(file)
+    monkeypatch.chdir(tmp_path / name)
+    data = load_instructions("data" if relative else str(tmp_path / name))
+    assert {split: rows["text"][:] for split, rows in data.items()} == {k: [f"{name} {k}"] for k in ("train", "test")}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -91,7 +114,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, content, message, strea
 
 
 def test_a_folder_without_data_and_a_name_that_the_hub_does_not_know(tmp_path):
-    with pytest.raises(DatasetError, match=r"has no \.json"):
+    with pytest.raises(DatasetError, match=r"cannot be read: .*contain any data files"):
         load_instructions(str(tmp_path))
     with pytest.raises(DatasetError, match="`dataset_name`: nobody/nothing cannot be read"):
         load_instructions("nobody/nothing")

@@ -42,6 +42,13 @@ def test_a_batch_is_completed_as_each_prompt_alone(chat):
     assert batched == [complete(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
 
 
+def test_the_file_of_prompts_is_no_pattern(tmp_path, model_folder):
+    write(tmp_path / "data1.jsonl", PROMPTS)
+    prompts = write(tmp_path / "data[1].jsonl", PROMPTS[:1])
+    assert run(model_folder, prompts, tmp_path / "out.json") == 0
+    assert [row["instruction"] for row in json.loads((tmp_path / "out.json").read_text())] == ["Say one."]
+
+
 class EndsAtOnce(torch.nn.Module):
     """Logits with EOS first, and second a token that overtakes EOS once the repetition penalty applies to it."""
 

@@ -227,6 +227,16 @@ def test_a_mixture(config, runs, tmp_path):
     assert len(runs[0].eval_dataset) == 5
 
 
+@pytest.mark.parametrize("form", [lambda file: file, lambda file: [file], lambda file: {"train": [file]}])
+def test_a_file_in_a_mixture_is_read_and_no_other(form, config, runs, tmp_path):
+    for name, count in (("part1.jsonl", 8), ("part[1].jsonl", 3)):
+        file = write(tmp_path / name, records("tatsu-lab/alpaca", count))
+    assert (
+        main(["sft", "--config", config(dataset_name=None, datasets=[{"path": "json", "data_files": form(file)}])]) == 0
+    )
+    assert len(runs[0].train_dataset) == 3
+
+
 def test_a_mixture_that_is_streamed(config, runs, tmp_path, capsys):
     parts = [
         {"path": "json", "data_files": write(tmp_path / f"{count}.jsonl", records("tatsu-lab/alpaca", count))}
