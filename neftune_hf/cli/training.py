@@ -210,16 +210,14 @@ def check_arguments(
     mixture: "DatasetMixtureConfig",
 ) -> None:
     """Refuse settings that are bound to fail, before a model is loaded."""
-    checkpoint = training_args.resume_from_checkpoint
-    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
-        raise NEFTuneConfigError(
-            f"`resume_from_checkpoint` is {checkpoint}, but there is no such folder. Name a checkpoint in "
-            "`output_dir`, or omit it to start over."
-        )
     if model_args.model_name_or_path is None or not (script_args.dataset_name or mixture.datasets):
         raise NEFTuneConfigError(
             "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."
         )
+    if not isinstance(kwargs := training_args.model_init_kwargs, dict | None):
+        raise NEFTuneConfigError(f"`model_init_kwargs` is {kwargs!r}; it must be `key: value` lines or JSON.")
+    if not 0 <= training_args.seed < 2**32:
+        raise NEFTuneConfigError(f"`seed` is {training_args.seed}; NumPy takes seeds from 0 to 2**32 - 1.")
     if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps <= 0:
         name = "streaming" if mixture.streaming else "dataset_streaming"
         raise NEFTuneConfigError(f"A stream has no length: set `max_steps`, or `{name}: false`.")
@@ -229,16 +227,41 @@ def check_arguments(
         import peft  # noqa: F401  if it is missing, the error names the extra
     if model_args.load_in_4bit or model_args.load_in_8bit:
         import bitsandbytes  # noqa: F401
+    _check_folders(training_args)
     if training_args.push_to_hub and training_args.process_index == 0:
-        from huggingface_hub import whoami
+        _check_login(training_args)
 
-        try:
-            whoami(training_args.hub_token)
-        except Exception as error:  # unreachable, it raises errors of httpx, the hub or the OS
-            raise NEFTuneConfigError(
-                f"`push_to_hub` is true, and the hub refused the login: {first_line(error)} "
-                "Log in with `hf auth login`, or set `push_to_hub: false`."
-            ) from error
+
+def _check_folders(training_args: "NEFTuneSFTConfig") -> None:
+    """Refuse a checkpoint that is none, and an `output_dir` that cannot be a folder; make it if there is none."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    output_dir, checkpoint = Path(training_args.output_dir or "."), training_args.resume_from_checkpoint
+    remedy = "Name a checkpoint's folder, or omit it to start over."
+    if checkpoint is True and (not output_dir.is_dir() or get_last_checkpoint(output_dir) is None):
+        raise NEFTuneConfigError(f"`resume_from_checkpoint` is true, but {output_dir} has no checkpoint. {remedy}")
+    if isinstance(checkpoint, str) and not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise NEFTuneConfigError(
+            f"`resume_from_checkpoint` is {checkpoint}, but there is no checkpoint, with trainer_state.json. {remedy}"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NEFTuneConfigError(
+            f"`output_dir` is {output_dir}, which cannot be a folder: {error.strerror}. Name another."
+        ) from error
+
+
+def _check_login(training_args: "NEFTuneSFTConfig") -> None:
+    from huggingface_hub import whoami
+
+    try:
+        whoami(training_args.hub_token)
+    except Exception as error:  # unreachable, it raises errors of httpx, the hub or the OS
+        raise NEFTuneConfigError(
+            f"`push_to_hub` is true, and the hub refused the login: {first_line(error)} "
+            "Log in with `hf auth login`, or set `push_to_hub: false`."
+        ) from error
 
 
 def load_tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> "PreTrainedTokenizerBase":

@@ -54,7 +54,7 @@ def test_a_missing_extra_is_one_line(command, tmp_path):
     arguments = [command, *(["x", "--prompts", prompts, "-o", "o.json"] if command == "generate" else [])]
     result = python(WITHOUT_EXTRAS + f"from neftune_hf.cli import main\nsys.exit(main({arguments}))")
     assert result.returncode == 2
-    assert f"neftune-hf: `{command}` needs " in result.stderr
+    assert " is not installed: pip install" in result.stderr
     assert 'pip install "neftune_hf[trl]"' in result.stderr
     assert result.stderr.count("\n") == 1
 
@@ -73,3 +73,48 @@ def test_env_names_versions_and_the_device(capsys):
         assert lines[name] == importlib.metadata.version(name)
     assert lines["device"] == "cpu"
     assert len(lines) < 20
+
+
+@pytest.fixture
+def env_runs(monkeypatch):
+    """Lets `neftune-hf env` run lines of code, each in the module named before it, the outermost first."""
+
+    def run(*lines):
+        call = None
+        for module, line in reversed(lines):
+            namespace = {"__name__": module, "call": call}
+            exec(f"def run(*arguments):\n    return {line}", namespace)
+            call = namespace["run"]
+        monkeypatch.setattr("neftune_hf.cli.env.run", call)
+        return main(["env"])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([("neftune_hf.cli.env", "open('absent')")], "FileNotFoundError in neftune_hf.cli.env: [Errno 2] No such file"),
+        ([("neftune_hf.hooks", "call()"), ("torch", "open('absent')")], "FileNotFoundError in torch: [Errno 2]"),
+        ([("neftune_hf.cli.env", "call()"), ("trl", "{}['a']")], "KeyError in trl: 'a'"),
+        ([("neftune_hf.callback", "call()"), ("transformers", "int('a')")], "ValueError in transformers: invalid"),
+    ],
+)
+def test_errors_of_the_system_and_of_other_libraries_are_one_line(lines, message, env_runs, capsys):
+    assert env_runs(*lines) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"neftune-hf: {message}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        ([("neftune_hf.cli.env", "{}['a']")], KeyError),
+        ([("torch", "call()"), ("neftune_hf.hooks", "int('a')")], ValueError),
+        ([("neftune_hf.hooks", "call()"), ("torch", "{}['a']")], KeyError),
+    ],
+)
+def test_a_bug_here_shows_its_traceback(lines, kind, env_runs):
+    with pytest.raises(kind):
+        env_runs(*lines)

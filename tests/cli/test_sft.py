@@ -133,7 +133,22 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"accelerate_config": "zero9"}, [], ["`accelerate_config`", "zero9"]),
         ({"num_processes": 0}, [], ["`num_processes` is 0"]),
         ({}, ["--config", "quikstart"], ["no file and no recipe quikstart", "evol_instruct_smollm2, quickstart."]),
-        ({"resume_from_checkpoint": "absent"}, [], ["`resume_from_checkpoint` is absent"]),
+        ({"resume_from_checkpoint": "absent"}, [], ["`resume_from_checkpoint` is absent", "no checkpoint"]),
+        (
+            {"resume_from_checkpoint": "."},
+            [],
+            ["`resume_from_checkpoint` is .", "no checkpoint, with trainer_state.json"],
+        ),
+        ({"resume_from_checkpoint": True}, [], ["`resume_from_checkpoint` is true", "out has no checkpoint"]),
+        ({"resume_from_checkpoint": True, "output_dir": "absent"}, [], ["absent has no checkpoint"]),
+        (
+            {"output_dir": str(ROOT / "README.md")},
+            [],
+            ["`output_dir` is", "README.md, which cannot be a folder: File ex"],
+        ),
+        ({"output_dir": str(ROOT / "README.md" / "out")}, [], ["cannot be a folder: Not a directory"]),
+        ({"seed": -1}, [], ["`seed` is -1; "]),
+        ({"seed": 2**64}, [], [f"`seed` is {2**64}; "]),
         ({}, ["stray"], ["`stray` in the command line"]),
         ({}, ["--config"], ["`--config`: expected one argument"]),
     ],
@@ -144,6 +159,24 @@ def test_errors_name_the_remedy_in_one_line_before_anything_runs(config, runs, c
     assert message.startswith("neftune-hf: ")
     assert all(part in message for part in parts), message
     assert runs == []
+
+
+# Values that other libraries refuse, each in its own way, and not before the model is loaded.
+WORST = {
+    "data_seed": [2**64], "per_device_train_batch_size": [0, -1, 2**64], "gradient_accumulation_steps": [0],
+    "learning_rate": [-1, math.nan], "warmup_steps": [math.inf, math.nan], "lr_scheduler_kwargs": ["text"],
+    "optim_args": ["text"], "report_to": ["no-such"], "dtype": ["no-such"], "attn_implementation": ["no-such"],
+    "gradient_checkpointing_kwargs": ["text"], "model_init_kwargs": ["text"], "chat_template_path": ["no-such"], "eos_token": ["no-such"],
+    "logging_dir": ["FILE/x"], "torch_empty_cache_steps": [-1], "neftune_noise_alpha": [-1, math.nan],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WORST for value in WORST[name]])
+def test_the_worst_values_of_options_are_one_line(name, value, config, capsys):
+    value = str(value).replace("FILE", str(ROOT / "README.md"))
+    assert main(["sft", "--config", config(max_steps=1), f"--{name}={value}"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"neftune-hf: \w+(Error| in [\w.]+): \S", message)
 
 
 @pytest.mark.parametrize(
