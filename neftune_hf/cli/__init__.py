@@ -62,9 +62,11 @@ def _one_line(error: Exception) -> str | None:
         return f"{type(error).__name__}: {error}"
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         return f'{error.name} is not installed: pip install "neftune_hf[{_EXTRAS[error.name]}]"'
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {text}"
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     *_, caller = (module for module in modules if module.partition(".")[0] == "neftune_hf")
-    hands_over = caller != modules[-1] and (caller.startswith(_HAND_OVER) or isinstance(error, ValueError))
-    if isinstance(error, OSError) or hands_over:
-        return f"{type(error).__name__} in {modules[-1]}: {' '.join(str(error).split())}"
+    if caller != modules[-1] and (caller.startswith(_HAND_OVER) or isinstance(error, ValueError)):
+        return f"{type(error).__name__} in {modules[-1]}: {text}"
     return None

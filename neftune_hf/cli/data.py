@@ -107,65 +107,26 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
     Args:
         data (`datasets.Dataset`): One split.
         name (`str`): Name of the split, for errors and the log.
-        has_chat_template (`bool`): Whether to return messages rather than text with a plain instruction prompt.
+        has_chat_template (`bool`): Whether to return messages rather than text with Stanford Alpaca's prompt.
 
     Raises:
         DatasetError: The columns match none of these formats, or do not contain text.
     """
     columns = set(get_dataset_column_names(data))
-    has_prompts = {"prompt", "completion"} <= columns
-    is_instruction = bool(columns & {*_INSTRUCTION} and columns & {*_OUTPUT})
-    carried = sorted(columns & {*_CARRIED})
-
-    if is_instruction or (columns & {*_TURNS} and not has_prompts):
-        used = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS} if is_instruction else {*_SYSTEM, *_TURNS}
-
-        def convert(record: dict) -> Iterator[tuple]:
-            return _split_turns(_messages(record, name))
-
-    elif has_prompts:
-        used = {"prompt", "completion"}
-
-        def convert(record: dict) -> Iterator[tuple]:
-            parts: tuple[Any, Any] = record["prompt"], record["completion"]
-            if any(isinstance(part, list) for part in parts):
-                if any(isinstance(part, str) for part in parts):
-                    raise DatasetError(f"{name}: one of `prompt` and `completion` is text, the other messages.")
-                prompt, completion = ([_message(turn, name) for turn in part or [None]] for part in parts)
-                parts = prompt, completion
-            else:
-                parts = _text(record, ["prompt"], name), _text(record, ["completion"], name)
-            yield parts
-
-    elif "text" in columns:
-        _log_unused(columns, {"text"}, name)
-
-        def convert_text(record: dict, version: str) -> dict:
-            return {"text": _text(record, ["text"], name)}
-
-        return data.map(convert_text, remove_columns=sorted(columns - {"text"}), fn_kwargs=_VERSION)
-    else:
-        raise DatasetError(
-            f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name "
-            "them `instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
-            "`completion`, or `text`."
-        )
+    used = _used_columns(columns, name)
     _log_unused(columns, used, name)
+    carried = sorted(columns & {*_CARRIED}) if "text" not in used else []
+    keys = ["text"] if "text" in used else ["prompt", "completion", *carried]
 
-    def convert_batch(batch: dict[str, list], version: str) -> dict[str, list]:
-        made: dict[str, list] = {key: [] for key in ("prompt", "completion", *carried)}
+    def convert(batch: dict[str, list], version: str) -> dict[str, list]:
+        rows = []
         for values in zip(*batch.values(), strict=True):
             record = dict(zip(batch, values, strict=True))
-            for prompt, completion in convert(record):
-                if not has_chat_template and isinstance(prompt, list):
-                    prompt, completion = _plain(prompt), "".join(_content(message) for message in completion)
-                for key, value in {"prompt": prompt, "completion": completion}.items():
-                    made[key].append(value)
-                for key in carried:
-                    made[key].append(record[key])
-        return made
+            for parts in _convert({key: record[key] for key in used}, name, has_chat_template):
+                rows.append([*parts, *(record[key] for key in carried)])
+        return {key: [row[i] for row in rows] for i, key in enumerate(keys)}
 
-    return data.map(convert_batch, batched=True, remove_columns=sorted(columns), fn_kwargs=_VERSION)
+    return data.map(convert, batched=True, remove_columns=sorted(columns), fn_kwargs=_VERSION)
 
 
 def keep_usable(
@@ -250,15 +211,45 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, parts: list[Any], is_prompt
     return [-1 if text is None else len(next(lengths)) for text in texts]
 
 
-def plain_prompt(instruction: str) -> str:
-    """The instruction prompt for models without a chat template."""
-    return f"### Instruction:\n{instruction}\n\n### Response:\n"
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The prompt of the paper's code, which is Stanford Alpaca's. The completion follows without a space."""
+    # PROMPT_DICT in train.py of tatsu-lab/stanford_alpaca at 761dc5b, and in experiment_code/dataset.py of
+    # neelsjain/NEFTune at 09d4909. Models are trained with these words: do not change them.
+    context = ", paired with an input that provides further context" if input else ""
+    parts = [f"### Instruction:\n{instruction}", *([f"### Input:\n{input}"] if input else []), "### Response:"]
+    task = f"Below is an instruction that describes a task{context}. "
+    return "\n\n".join([task + "Write a response that appropriately completes the request.", *parts])
 
 
-def prompt_text(record: dict[str, Any], name: str) -> str:
-    """The user's message: the instruction, followed by the input if there is one."""
-    parts = _text(record, _INSTRUCTION, name), _text(record, _INPUT, name)
-    return "\n\n".join(part for part in parts if part.strip())
+def plain_prompt(messages: list[dict[str, Any]], input: str = "") -> str:
+    """Messages as text, for models without a chat template; "" if one is empty.
+
+    The first user message is Stanford Alpaca's prompt, with `input`; later ones are without its first paragraph, as in
+    experiment_code/conversation.py of the paper's code.
+    """
+    if _is_empty(messages):
+        return ""
+    parts, is_first = [], True
+    for message in messages:
+        if message["role"] != "user":
+            parts.append(_content(message) + "\n\n")
+            continue
+        prompt = alpaca_prompt(_content(message), input)
+        parts.append(prompt if is_first else prompt.partition("\n\n")[2])
+        input, is_first = "", False
+    return "".join(parts)
+
+
+def instruction_and_input(record: dict[str, Any], name: str) -> tuple[str, str]:
+    """The record's instruction and its input, or "" without one. An input alone is the instruction."""
+    instruction, input = (_text(record, columns, name) for columns in (_INSTRUCTION, _INPUT))
+    instruction, input = (text if text.strip() else "" for text in (instruction, input))
+    return (instruction, input) if instruction else (input, "")
+
+
+def user_message(instruction: str, input: str = "") -> dict[str, str]:
+    """The user's message to a model with a chat template."""
+    return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
 
 
 @contextmanager
@@ -306,19 +297,59 @@ def _text(record: dict[str, Any], columns: Iterable[str], name: str) -> str:
     return "" if value is None else str(value)
 
 
-def _messages(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The messages of a record, from its instruction or else from its turns; a system column comes first."""
-    _, turns = _first(record, _TURNS)
-    if turns is None or _first(record, _INSTRUCTION)[0]:
-        turns = [
-            {"role": "user", "content": prompt_text(record, name)},
-            {"role": "assistant", "content": _text(record, _OUTPUT, name)},
-        ]
-    messages = [_message(turn, name) for turn in turns]
-    system = _text(record, _SYSTEM, name)
-    if system.strip() and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+def _used_columns(columns: set[str], name: str) -> set[str]:
+    """The columns of the first known format that `columns` have."""
+    is_instruction = columns & {*_INSTRUCTION} and columns & {*_OUTPUT}
+    if not is_instruction and {"prompt", "completion"} <= columns:
+        return {"prompt", "completion"}
+    if is_instruction or columns & {*_TURNS}:
+        return columns & {*_SYSTEM, *_TURNS, *((*_INSTRUCTION, *_INPUT, *_OUTPUT) if is_instruction else ())}
+    if "text" in columns:
+        return {"text"}
+    raise DatasetError(
+        f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name "
+        "them `instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
+        "`completion`, or `text`."
+    )
+
+
+def _convert(record: dict[str, Any], name: str, has_chat_template: bool) -> Iterator[tuple]:
+    """The prompts and completions of a record, or its text."""
+    if "text" in record:
+        yield (_text(record, ["text"], name),)
+        return
+    input = ""
+    pairs: Iterable[tuple]
+    if "prompt" in record:
+        pairs = [_prompt_and_completion(record, name)]
+    else:
+        instruction, input = instruction_and_input(record, name)
+        _, turns = _first(record, _TURNS)
+        if turns is None or instruction:
+            output = {"role": "assistant", "content": _text(record, _OUTPUT, name)}
+            turns = [user_message(instruction, input if has_chat_template else ""), output]
+        pairs = _split_turns(_with_system([_message(turn, name) for turn in turns], _text(record, _SYSTEM, name)))
+    for prompt, completion in pairs:
+        if isinstance(prompt, list) and not has_chat_template:
+            prompt, completion = plain_prompt(prompt, input), "".join(map(_content, completion))
+        yield prompt, completion
+
+
+def _prompt_and_completion(record: dict[str, Any], name: str) -> tuple[Any, Any]:
+    parts = record["prompt"], record["completion"]
+    if not any(isinstance(part, list) for part in parts):
+        return _text(record, ["prompt"], name), _text(record, ["completion"], name)
+    if any(isinstance(part, str) for part in parts):
+        raise DatasetError(f"{name}: one of `prompt` and `completion` is text, the other messages.")
+    prompt, completion = ([_message(turn, name) for turn in part or [None]] for part in parts)
+    return prompt, completion
+
+
+def _with_system(messages: list[dict[str, Any]], system: str) -> list[dict[str, Any]]:
+    """The messages after the text of a system column, unless they have a system message of their own."""
+    if not system.strip() or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
@@ -347,16 +378,6 @@ def _split_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[list, list]]:
         yield messages or [_BLANK], [_BLANK | {"role": "assistant"}]
 
 
-def _plain(prompt: list[dict[str, Any]]) -> str:
-    """Messages as text, for models without a chat template."""
-    if _is_empty(prompt):
-        return ""
-    return "".join(
-        plain_prompt(_content(message)) if message["role"] == "user" else _content(message) + "\n\n"
-        for message in prompt
-    )
-
-
 def _content(message: dict[str, Any]) -> str:
     content = message["content"] or ""
     return content if isinstance(content, str) else "".join(block.get("text") or "" for block in content)
@@ -367,7 +388,7 @@ def _is_empty(part: str | list[dict[str, Any]] | None) -> bool:
     if not part:
         return True
     if isinstance(part, str):
-        return part.strip() in ("", plain_prompt("").strip())
+        return not part.strip()
     said = [bool(_content(message).strip()) or bool(message.get("tool_calls")) for message in part]
     return not any(said) or any(m["role"] == "user" and not s for m, s in zip(part, said, strict=True))
 

@@ -15,13 +15,23 @@ Prompt = str | list[dict[str, str]]
 
 
 def run(argv: Sequence[str]) -> None:
-    """Complete a file of prompts greedily. When called again, it resumes an interrupted run."""
+    """Complete a file of prompts greedily, with a repetition penalty, as the paper's authors did.
+
+    Prompts have the model's chat template, or else Stanford Alpaca's prompt, as in training. When called again, it
+    resumes an interrupted run.
+    """
     parser = argparse.ArgumentParser(prog="neftune-hf generate", description=run.__doc__)
     parser.add_argument("model", help="name or folder of a model or adapter")
     parser.add_argument("--prompts", required=True, help="JSON, JSONL or Parquet with `instruction` or `turns`")
     parser.add_argument("-o", "--output", required=True, help=".json for alpaca_eval, or .jsonl")
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="default: %(default)s")
+    # generate_kwargs in experiment_code/eval_generate.py of neelsjain/NEFTune at 09d4909
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=1024,
+        help="tokens of a completion (default: %(default)s); the authors' max_length=1024 counts the prompt as well",
+    )
     parser.add_argument("--repetition_penalty", type=float, default=1.2, help="default: %(default)s, the authors'")
     arguments = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "repetition_penalty"):
@@ -55,6 +65,7 @@ def complete_file(
     if any(file.exists() and Path(prompts).exists() and file.samefile(prompts) for file in (target, lines)):
         raise DatasetError(f"`--output` is {output}, the file of `--prompts`. Name another file.")
     records = read_prompts(prompts)
+    target.parent.mkdir(parents=True, exist_ok=True)
     if lines != target and target.exists():
         try:
             finished = json.loads(target.read_bytes())
@@ -70,7 +81,6 @@ def complete_file(
         from tqdm import tqdm
 
         network, tokenizer = load(model)
-        target.parent.mkdir(parents=True, exist_ok=True)
         with lines.open("ab") as file, tqdm(total=len(records), initial=len(done)) as bar:
             file.truncate(size)  # drop an incomplete last record
             for start in range(len(done), len(records), batch_size):
@@ -191,7 +201,7 @@ def read_prompts(prompts: str) -> list[dict[str, Any]]:
                 "or `turns`."
             )
         turns = turns_of(record)
-        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        if not turns or not all(isinstance(text, str) and text.strip() for text, _ in turns):
             column = "instruction" if record.get("turns") is None and "instruction" in record else "turns"
             raise DatasetError(
                 f"`--prompts` {prompts}: record {number} has `{column}` {record[column]!r:.80}; it needs text."
@@ -199,13 +209,13 @@ def read_prompts(prompts: str) -> list[dict[str, Any]]:
     return records
 
 
-def turns_of(record: dict[str, Any]) -> list[Any]:
-    """The user's turns, in order."""
-    from .data import prompt_text
+def turns_of(record: dict[str, Any]) -> list[tuple[Any, str]]:
+    """The user's turns, in order, each an instruction and its input."""
+    from .data import instruction_and_input
 
     if record.get("turns") is not None:
-        return record["turns"] if isinstance(record["turns"], list) else []
-    return [prompt_text(record, "--prompts")] if isinstance(record.get("instruction"), str) else []
+        return [(turn, "") for turn in record["turns"]] if isinstance(record["turns"], list) else []
+    return [instruction_and_input(record, "--prompts")] if isinstance(record.get("instruction"), str) else []
 
 
 def _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penalty) -> Iterator[dict[str, Any]]:
@@ -231,16 +241,15 @@ def _given(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in set_here}
 
 
-def format_prompt(turns: list[str], completions: list[str], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    from .data import plain_prompt
+def format_prompt(turns: list[tuple[str, str]], completions: list[str], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+    """Turns and the completions between them: messages, or Stanford Alpaca's prompt without a chat template."""
+    from .data import plain_prompt, user_message
 
-    if not tokenizer.chat_template:
-        parts = [plain_prompt(turn) + said for turn, said in zip(turns, [*completions, ""], strict=True)]
-        return "\n\n".join(parts)
-    messages = [{"role": "user", "content": turn} for turn in turns]
+    (_, first_input), is_chat = turns[0], bool(tokenizer.chat_template)
+    messages = [user_message(instruction, input if is_chat else "") for instruction, input in turns]
     for index, completion in enumerate(completions):
         messages.insert(2 * index + 1, {"role": "assistant", "content": completion})
-    return messages
+    return messages if is_chat else plain_prompt(messages, first_input)
 
 
 def _line(record: dict[str, Any]) -> bytes:

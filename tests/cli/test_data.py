@@ -19,6 +19,25 @@ CONVERSATION = [
     {"from": "system", "value": "Be brief."}, {"from": "human", "value": "One?"}, {"from": "gpt", "value": "1."},
     {"from": "human", "value": "Two?"}, {"from": "gpt", "value": "2."},
 ]  # fmt: skip
+# Written out, because models are trained with exactly these words: PROMPT_DICT in train.py of tatsu-lab/stanford_alpaca
+# at 761dc5b, which is that in experiment_code/dataset.py of neelsjain/NEFTune at 09d4909.
+WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Add.
+
+### Input:
+1 and 2
+
+### Response:"""
+WITHOUT_INPUT = """Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Add.
+
+### Response:"""
 MESSAGES = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]
 
 
@@ -154,8 +173,8 @@ def test_columns_become_prompt_and_completion():
     assert chat.column_names == plain.column_names == ["prompt", "completion"]
     assert chat[0]["prompt"] == [{"role": "user", "content": "Add.\n\n1 and 2"}]
     assert chat[0]["completion"] == [{"role": "assistant", "content": "3"}]
-    assert plain[1]["prompt"] == "### Instruction:\nAdd.\n\n### Response:\n"
-    assert plain[1]["completion"] == "3"
+    assert plain["prompt"][:] == [WITH_INPUT, WITHOUT_INPUT]
+    assert plain["completion"][:] == ["3", "3"]
 
 
 def test_a_system_column_is_the_system_message():
@@ -164,7 +183,7 @@ def test_a_system_column_is_the_system_message():
         first, second = to_prompt_completion(data, "set", True)
         assert first["prompt"][0] == {"role": "system", "content": "Be brief."}
         assert [message["role"] for message in second["prompt"]] == ["user"]
-        assert to_prompt_completion(data, "set", False)[0]["prompt"].startswith("Be brief.\n\n### Instruction:\nAdd.")
+        assert to_prompt_completion(data, "set", False)["prompt"][:] == [f"Be brief.\n\n{WITH_INPUT}", WITH_INPUT]
     turns = Dataset.from_list([{"system": "Be brief.", "conversations": CONVERSATION[first:]} for first in (0, 1)])
     for record in to_prompt_completion(turns, "set", True):
         assert [m["content"] for m in record["prompt"] if m["role"] == "system"] == ["Be brief."]
@@ -225,7 +244,8 @@ def test_each_assistant_turn_is_a_record(column, keys):
     assert second["completion"] == [{"role": "assistant", "content": "2."}]
     _, plain = to_prompt_completion(data, "set", has_chat_template=False)
     assert plain["completion"] == "2."
-    assert plain["prompt"].endswith("1.\n\n### Instruction:\nTwo?\n\n### Response:\n")
+    first_turn = "Be brief.\n\n" + WITHOUT_INPUT.replace("Add.", "One?")
+    assert plain["prompt"] == first_turn + "1.\n\n### Instruction:\nTwo?\n\n### Response:"
 
 
 def test_a_mixture_keeps_the_records_of_each_of_its_sets():
@@ -247,7 +267,7 @@ def test_numbers_are_text(tmp_path):
     data = load_instructions(write(tmp_path / "set.json", rows))["train"]
     made = to_prompt_completion(data, "set", has_chat_template=False)
     assert made["completion"][:] == ["3", "5"]
-    assert made[1]["prompt"] == "### Instruction:\n4\n\n### Response:\n"
+    assert made[1]["prompt"] == WITHOUT_INPUT.replace("Add.", "4")
 
 
 NULLS = {
@@ -279,7 +299,7 @@ def test_nulls_are_dropped_and_counted(tmp_path, form, chat, streaming, caplog):
     data = load_instructions(file, streaming=streaming)["train"]
     made = to_prompt_completion(data, "set", has_chat_template=chat)
     with caplog.at_level(logging.WARNING, logger="neftune_hf"):
-        kept = list(keep_usable(made, "set", byte_tokenizer(chat=chat), max_length=128))
+        kept = list(keep_usable(made, "set", byte_tokenizer(chat=chat), max_length=512))
     assert len(kept) == (2 if form == "conversations" else 1)
     assert "None" not in str(kept)
     dropped = len(NULLS[form])
@@ -294,13 +314,13 @@ def test_what_cannot_be_learnt_is_counted_and_dropped(chat, streaming, caplog):
         *PAIRS,
         {"instruction": "No completion", "output": " "},
         {"instruction": "", "output": "No prompt."},
-        {"instruction": "x" * 300, "output": "No room."},
-        {"instruction": "Long", "output": "y" * 300},
+        {"instruction": "x" * 600, "output": "No room."},
+        {"instruction": "Long", "output": "y" * 600},
     ]
     tokenizer = byte_tokenizer(chat=chat)
     pairs = to_prompt_completion(stream(Dataset.from_list(rows), streaming), "set", has_chat_template=chat)
     with caplog.at_level(logging.WARNING, logger="neftune_hf"):
-        kept = list(keep_usable(pairs, "set", tokenizer, max_length=128))
+        kept = list(keep_usable(pairs, "set", tokenizer, max_length=512))
     assert len(kept) == 4
     for count, part in (("2", "no prompt"), ("1", "a prompt of `max_length` tokens or more"), ("1", "truncated")):
         line = next(line for line in said(caplog).splitlines() if part in line)

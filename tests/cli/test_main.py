@@ -94,8 +94,8 @@ def env_runs(monkeypatch):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([("neftune_hf.cli.env", "open('absent')")], "FileNotFoundError in neftune_hf.cli.env: [Errno 2] No such file"),
-        ([("neftune_hf.hooks", "call()"), ("torch", "open('absent')")], "FileNotFoundError in torch: [Errno 2]"),
+        ([("neftune_hf.cli.env", "open('absent')")], "FileNotFoundError: [Errno 2] No such file"),
+        ([("neftune_hf.hooks", "call()"), ("torch", "open('absent')")], "FileNotFoundError: [Errno 2] No such file"),
         ([("neftune_hf.cli.env", "call()"), ("trl", "{}['a']")], "KeyError in trl: 'a'"),
         ([("neftune_hf.callback", "call()"), ("transformers", "int('a')")], "ValueError in transformers: invalid"),
     ],

@@ -166,7 +166,8 @@ WORST = {
     "data_seed": [2**64], "per_device_train_batch_size": [0, -1, 2**64], "gradient_accumulation_steps": [0],
     "learning_rate": [-1, math.nan], "warmup_steps": [math.inf, math.nan], "lr_scheduler_kwargs": ["text"],
     "optim_args": ["text"], "report_to": ["no-such"], "dtype": ["no-such"], "attn_implementation": ["no-such"],
-    "gradient_checkpointing_kwargs": ["text"], "model_init_kwargs": ["text"], "chat_template_path": ["no-such"], "eos_token": ["no-such"],
+    "gradient_checkpointing_kwargs": ["text"], "model_init_kwargs": ["text"],
+    "chat_template_path": ["no-such"], "eos_token": ["no-such"],
     "logging_dir": ["FILE/x"], "torch_empty_cache_steps": [-1], "neftune_noise_alpha": [-1, math.nan],
 }  # fmt: skip
 
@@ -176,7 +177,7 @@ def test_the_worst_values_of_options_are_one_line(name, value, config, capsys):
     value = str(value).replace("FILE", str(ROOT / "README.md"))
     assert main(["sft", "--config", config(max_steps=1), f"--{name}={value}"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"neftune-hf: \w+(Error| in [\w.]+): \S", message)
+    assert re.match(r"neftune-hf: \w+( in [\w.]+)?: \S", message)
 
 
 @pytest.mark.parametrize(
