@@ -1,7 +1,8 @@
-"""The recipes in `configs/`, by name. They are in the wheel too."""
+"""Configs in YAML, and the recipes in `configs/` by name. They are in the wheel too."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import NEFTuneConfigError
 
@@ -30,7 +31,7 @@ def with_files(argv: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in argv:
         words += word.split("=", 1) if word.startswith("--config=") else [word]
-    for index in [number for number, word in enumerate(words) if words[number - 1 : number] == ["--config"]]:
+    for index in [i for i in range(1, len(words)) if words[i - 1] == "--config"]:
         name = words[index]
         if Path(name).exists() or name.endswith((".yaml", ".yml")):
             continue
@@ -42,3 +43,18 @@ def with_files(argv: Sequence[str]) -> list[str]:
         ):
             words += ["--dataset_name", str(FOLDER / name)]
     return words
+
+
+def read_yaml(file: str, argument: str) -> dict[str, Any]:
+    """The settings in a YAML file; errors call it `argument`."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NEFTuneConfigError(f"`{argument}`: {file} cannot be read: {error.strerror}.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise NEFTuneConfigError(f"`{argument}` {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise NEFTuneConfigError(f"`{argument}` {file} holds a {type(settings).__name__}; write `key: value` lines.")
+    return settings

@@ -83,8 +83,6 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
     Returns:
         `dict`: The contents of the YAML file.
     """
-    import yaml
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("--config")
@@ -92,18 +90,7 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--bf16", nargs="?", const=True)
     parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const=True)
     given, _ = parser.parse_known_args(argv)
-    settings = {}
-    if given.config is not None:
-        try:
-            settings = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise NEFTuneConfigError(f"`config`: {given.config} cannot be read: {error.strerror}.") from error
-        except (ValueError, yaml.YAMLError) as error:
-            raise NEFTuneConfigError(f"`config` {given.config} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(settings, dict):
-            raise NEFTuneConfigError(
-                f"`config` {given.config} holds a {type(settings).__name__}; write `key: value` lines."
-            )
+    settings = recipes.read_yaml(given.config, "config") if given.config is not None else {}
     name = given.dataset_name or settings.get("dataset_name")
     if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")):
         if not Path(name).is_file():
