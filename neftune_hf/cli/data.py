@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,12 +35,12 @@ _KNOWN = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS, "prompt", "comple
 _VERSION = {"version": __version__}
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_BLANK = {"role": "user", "content": ""}
+_EMPTY_MESSAGE = {"role": "user", "content": ""}
 
 _EMPTY = "have no prompt or no completion and are dropped"
 _REJECTED = "are rejected by the chat template and are dropped"
-_FULL = "have a prompt of `max_length` tokens or more and are dropped"
-_CUT = "are longer than `max_length` tokens and are truncated"
+_PROMPT_TOO_LONG = "have a prompt of `max_length` tokens or more and are dropped"
+_TRUNCATED = "are longer than `max_length` tokens and are truncated"
 
 
 def load_instructions(
@@ -141,73 +142,75 @@ def keep_usable(
     Raises:
         DatasetError: No record is left.
     """
-    columns = set(get_dataset_column_names(data))
-    if not ({"prompt", "completion"} <= columns or "text" in columns):
-        return data
-    end = tokenizer.eos_token or ""  # TRL appends it to text; in messages the template does
-
-    def problem(is_empty: bool, prompt: int, whole: int) -> str:
-        if is_empty:
-            return _EMPTY
-        if min(prompt, whole) < 0:
-            return _REJECTED
-        if max_length is None:
-            return ""
-        return _FULL if prompt >= max_length else _CUT if whole > max_length else ""
-
-    def problems(batch: dict[str, list]) -> list[str]:
-        if "completion" not in batch:
-            texts = [text or "" for text in batch["text"]]
-            wholes = count_tokens(tokenizer, [text + end for text in texts])
-            return [problem(not text.strip(), 0, whole) for text, whole in zip(texts, wholes, strict=True)]
-        pairs = list(zip(batch["prompt"], batch["completion"], strict=True))
-        empty = [_is_empty(prompt) or _is_empty(completion) for prompt, completion in pairs]
-        chat = any(isinstance(part, list) for pair in pairs for part in pair)
-        pairs = [(prompt or ([] if chat else ""), completion or ([] if chat else "")) for prompt, completion in pairs]
-        prompts = count_tokens(tokenizer, [prompt for prompt, _ in pairs], is_prompt=True)
-        wholes = count_tokens(tokenizer, [p + c if chat else p + c.removesuffix(end) + end for p, c in pairs])
-        return list(map(problem, empty, prompts, wholes))
-
     counts: Counter[str] = Counter()
     if isinstance(data, datasets.IterableDataset):
-        counted = -1
+        usable = _filter_stream(data, name, tokenizer, max_length, counts)
+        is_empty = next(iter(usable), None) is None
+    else:
 
-        def keep(batch: dict[str, list], indices: list[int]) -> list[bool]:
-            nonlocal counted  # a stream restarts each time its first record is read, and each epoch
-            found = problems(batch)
-            for kind in (kind for kind, index in zip(found, indices, strict=True) if kind and index > counted):
-                counts[kind] += 1
-                if counts[kind] in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000):
-                    logger.warning("%s: %s so far %s", name, f"{counts[kind]:,}", kind)
-            counted = max(counted, *indices)
-            return [kind in ("", _CUT) for kind in found]
+        def measure(batch: dict[str, list], version: str) -> dict[str, list[str]]:
+            return {"problem": _problems(batch, tokenizer, max_length)}
 
-        kept = data.filter(keep, batched=True, with_indices=True)
-        if next(iter(kept), None) is None:
-            raise DatasetError(_nothing_left(name, counts, max_length))
-        return kept
+        measured = data.map(measure, batched=True, remove_columns=data.column_names, fn_kwargs=_VERSION)
+        problems = list(measured["problem"])
+        counts.update(filter(None, problems))
+        for problem, count in counts.items():
+            logger.warning("%s: %s of %s records %s", name, f"{count:,}", f"{len(data):,}", problem)
+        usable = data.select([row for row, problem in enumerate(problems) if problem in ("", _TRUNCATED)])
+        is_empty = len(usable) == 0
+    if is_empty:
+        dropped = ", ".join(f"{count:,} {problem}" for problem, count in counts.items() if problem != _TRUNCATED)
+        raise DatasetError(f"{name} has no usable record: {dropped or 'it is empty'}. `max_length` is {max_length}.")
+    return usable
 
-    def measure(batch: dict[str, list], version: str) -> dict[str, list[str]]:
-        return {"problem": problems(batch)}
 
-    measured = data.map(measure, batched=True, remove_columns=data.column_names, fn_kwargs=_VERSION, desc="Measuring")
-    found = list(measured["problem"])
-    counts.update(found)
-    for kind in (_EMPTY, _REJECTED, _FULL, _CUT):
-        if counts[kind]:
-            logger.warning("%s: %s of %s records %s", name, f"{counts[kind]:,}", f"{len(data):,}", kind)
-    usable = [row for row, kind in enumerate(found) if kind in ("", _CUT)]
-    if not usable:
-        raise DatasetError(_nothing_left(name, counts, max_length))
-    return data.select(usable)
+def _filter_stream(data, name, tokenizer, max_length, counts: Counter[str]) -> datasets.IterableDataset:
+    last_counted = -1  # a stream restarts each time its first record is read, and each epoch
+
+    def keep(batch: dict[str, list], indices: list[int]) -> list[bool]:
+        nonlocal last_counted
+        problems = _problems(batch, tokenizer, max_length)
+        for problem in (problem for problem, i in zip(problems, indices, strict=True) if problem and i > last_counted):
+            counts[problem] += 1
+            if math.log10(counts[problem]).is_integer():
+                logger.warning("%s: %s so far %s", name, f"{counts[problem]:,}", problem)
+        last_counted = max(last_counted, *indices)
+        return [problem in ("", _TRUNCATED) for problem in problems]
+
+    return data.filter(keep, batched=True, with_indices=True)
+
+
+def _problems(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[str]:
+    """What is wrong with each record of a batch, "" if nothing is."""
+    end = tokenizer.eos_token or ""  # TRL appends it to text; in messages the template does
+    completions = batch["completion"] if "completion" in batch else batch["text"]
+    prompts = batch["prompt"] if "prompt" in batch else [""] * len(completions)
+    has_prompts, is_chat = "prompt" in batch, any(isinstance(part, list) for part in [*prompts, *completions])
+    nothing: Any = [] if is_chat else ""
+    pairs = [
+        (prompt or nothing, completion or nothing) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    prompt_lengths = count_tokens(tokenizer, [prompt for prompt, _ in pairs], is_prompt=True)
+    lengths = count_tokens(tokenizer, [p + c if is_chat else p + c.removesuffix(end) + end for p, c in pairs])
+    problems = []
+    for (prompt, completion), prompt_length, length in zip(pairs, prompt_lengths, lengths, strict=True):
+        problem = ""
+        if (has_prompts and _is_empty(prompt)) or _is_empty(completion):
+            problem = _EMPTY
+        elif min(prompt_length, length) < 0:
+            problem = _REJECTED
+        elif max_length is not None and length > max_length:
+            problem = _PROMPT_TOO_LONG if has_prompts and prompt_length >= max_length else _TRUNCATED
+        problems.append(problem)
+    return problems
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, parts: list[Any], is_prompt: bool = False) -> list[int]:
     """The number of tokens of each text or list of messages; -1 if the chat template rejects the messages."""
-    chat = isinstance(parts[0], list)
-    texts = [_templated(tokenizer, part, is_prompt) for part in parts] if chat else parts
-    given = [text for text in texts if text is not None]
-    lengths = iter(tokenizer(given, add_special_tokens=not chat)["input_ids"] if given else ())
+    is_chat = isinstance(parts[0], list)
+    texts = [_templated(tokenizer, part, is_prompt) for part in parts] if is_chat else parts
+    accepted = [text for text in texts if text is not None]
+    lengths = iter(tokenizer(accepted, add_special_tokens=not is_chat)["input_ids"] if accepted else ())
     return [-1 if text is None else len(next(lengths)) for text in texts]
 
 
@@ -262,8 +265,8 @@ def dataset_errors(argument: str, name: str) -> Iterator[None]:
     except (DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
         if "corresponds to no data" in str(error):
             raise DatasetError(f"`{argument}`: {name} is empty.") from error
-        said = first_line(error.__cause__ or error)
-        raise DatasetError(f"`{argument}`: {name} cannot be read: {said}") from error
+        reason = first_line(error.__cause__ or error)
+        raise DatasetError(f"`{argument}`: {name} cannot be read: {reason}") from error
 
 
 def _log_unused(columns: set[str], used: set[str], name: str) -> None:
@@ -278,11 +281,6 @@ def _log_unused(columns: set[str], used: set[str], name: str) -> None:
         first, *others = [column for column in group if column in columns & used] or [""]
         if others:
             logger.warning("%s: %s is used where %s is null", name, ", ".join(others), first)
-
-
-def _nothing_left(name: str, counts: Counter[str], max_length: int | None) -> str:
-    dropped = ", ".join(f"{counts[kind]:,} {kind}" for kind in (_EMPTY, _REJECTED, _FULL) if counts[kind])
-    return f"{name} has no usable record: {dropped or 'it is empty'}. `max_length` is {max_length}."
 
 
 def _first(record: dict[str, Any], columns: Iterable[str]) -> tuple[str, Any]:
@@ -355,7 +353,7 @@ def _with_system(messages: list[dict[str, Any]], system: str) -> list[dict[str, 
 def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
     """A turn as `role` and `content`. A null turn becomes an empty user message, so the record is dropped as empty."""
     if turn is None:
-        return _BLANK
+        return _EMPTY_MESSAGE
     if not isinstance(turn, dict) or not turn.keys() & {"from", "role"}:
         raise DatasetError(f"{name}: a turn needs `role` and `content`, or `from` and `value`; found {turn!r:.80}")
     sender = turn.get("from")
@@ -363,7 +361,7 @@ def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
         raise DatasetError(f"{name}: a turn is from {sender!r}; known roles are {', '.join(_ROLES)}.")
     (message,) = maybe_convert_to_chatml({"messages": [dict(turn)]})["messages"]
     if message.get("role") is None:
-        return _BLANK
+        return _EMPTY_MESSAGE
     keeps = isinstance(message.get("content"), list) or message.get("tool_calls")
     content = message.get("content") if keeps else _text(message, ["content"], name)
     return message | {"role": _ROLES.get(message["role"], message["role"]), "content": content}
@@ -375,7 +373,7 @@ def _split_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[list, list]]:
     for end in ends:
         yield messages[:end], [messages[end]]
     if not ends:
-        yield messages or [_BLANK], [_BLANK | {"role": "assistant"}]
+        yield messages or [_EMPTY_MESSAGE], [_EMPTY_MESSAGE | {"role": "assistant"}]
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -389,8 +387,10 @@ def _is_empty(part: str | list[dict[str, Any]] | None) -> bool:
         return True
     if isinstance(part, str):
         return not part.strip()
-    said = [bool(_content(message).strip()) or bool(message.get("tool_calls")) for message in part]
-    return not any(said) or any(m["role"] == "user" and not s for m, s in zip(part, said, strict=True))
+    has_content = [bool(_content(message).strip() or message.get("tool_calls")) for message in part]
+    return not any(has_content) or any(
+        message["role"] == "user" and not full for message, full in zip(part, has_content, strict=True)
+    )
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], is_prompt: bool) -> str | None:

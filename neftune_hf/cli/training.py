@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import codecs
 import difflib
 import logging
 import math
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError, first_line
+from ..errors import DatasetError, NEFTuneConfigError, first_line
 from . import recipes
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def read_config(argv: Sequence[str]) -> dict[str, Any]:
-    """Refuse missing or malformed files, and bf16 without a GPU, before importing TRL, which takes seconds.
+    """Refuse missing or malformed files before importing TRL, which takes seconds.
 
     Returns:
         `dict`: The contents of the YAML file.
@@ -87,52 +86,23 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("--config")
     parser.add_argument("--dataset_name", "--dataset-name")
-    parser.add_argument("--bf16", nargs="?", const=True)
-    parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const=True)
-    given, _ = parser.parse_known_args(argv)
-    settings = recipes.read_yaml(given.config, "config") if given.config is not None else {}
-    name = given.dataset_name or settings.get("dataset_name")
-    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")):
-        if not Path(name).is_file():
-            raise DatasetError(f"`dataset_name`: there is no file {name}.")
-        _check_text(name)
-    bf16, use_cpu = (str(getattr(given, key) or settings.get(key)).lower() == "true" for key in ("bf16", "use_cpu"))
-    if bf16 and not use_cpu:
-        from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
-
-        if not is_torch_bf16_gpu_available() and not is_torch_xla_available():
-            raise NEFTuneConfigError("`bf16` is true, but this machine has no GPU with bfloat16. Set `bf16: false`.")
+    options, _ = parser.parse_known_args(argv)
+    settings = recipes.read_yaml(options.config, "config") if options.config is not None else {}
+    name = options.dataset_name or settings.get("dataset_name")
+    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")) and not Path(name).exists():
+        raise DatasetError(f"`dataset_name`: there is no file {name}.")
     return settings
 
 
-def _check_text(name: str) -> None:
-    """Refuse a file whose first bytes do not match its suffix."""
-    with open(name, "rb") as file:
-        head = file.read(65536)
-    if name.endswith(".parquet"):
-        is_right = head.startswith(b"PAR1")
-    else:
-        try:
-            is_right = "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)  # the last may be incomplete
-        except UnicodeDecodeError:
-            is_right = False
-    if not is_right:
-        kind = "a Parquet file" if name.endswith(".parquet") else "text in UTF-8"
-        raise DatasetError(f"`dataset_name`: {name} is not {kind}.")
-
-
-def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
-    """Parse a YAML file and options with TRL's parser. The error for an unknown name suggests the closest known one."""
+def _parser(argv: Sequence[str]) -> Any:
+    """TRL's parser, with the options of the command. Without TRL, `--help` lists only those."""
     try:
         from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
         from ..sft import NEFTuneSFTConfig
     except ModuleNotFoundError:
-        parser = argparse.ArgumentParser(
-            prog="neftune-hf sft",
-            description=_DESCRIPTION,
-            epilog='With TRL installed, every field is listed: pip install "neftune_hf[trl]"',
-        )
+        epilog = 'With TRL installed, every field is listed: pip install "neftune_hf[trl]"'
+        parser = argparse.ArgumentParser(prog="neftune-hf sft", description=_DESCRIPTION, epilog=epilog)
         _add_options(parser)
         parser.parse_known_args(argv)  # answers --help
         raise
@@ -145,6 +115,12 @@ def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
     )
     _add_options(parser)
     parser.error = _refuse  # type: ignore[method-assign]
+    return parser
+
+
+def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
+    """Parse a YAML file and options with TRL's parser. The error for an unknown name suggests the closest known one."""
+    parser = _parser(argv)
     known = {action.dest for action in parser._actions} | {"env"}  # TRL sets environment variables from `env`
     _, words = parser.parse_known_args(argv)
     on_line = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")] or words
@@ -156,15 +132,12 @@ def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
             raise NEFTuneConfigError(f"`{unknown[0]}` in {where} is not a field of this command.{hint}")
     try:
         return parser.parse_args_and_config(argv)
-    except NEFTuneError:
-        raise
-    except (TypeError, ValueError) as error:  # from a dataclass's validation
-        message = " ".join(str(error).split())
-        if "support bf16" in message:
-            message = (
-                "`bf16` is true, which is TRL's default, but this machine has no GPU with bfloat16. Set `bf16: false`."
-            )
-        raise NEFTuneConfigError(message) from error
+    except ValueError as error:
+        if "support bf16" not in str(error):
+            raise
+        raise NEFTuneConfigError(
+            "`bf16` is true, which is TRL's default, but this machine has no GPU with bfloat16. Set `bf16: false`."
+        ) from error
 
 
 def maybe_launch(command: str, launch: argparse.Namespace, argv: Sequence[str]) -> bool:
@@ -182,10 +155,7 @@ def maybe_launch(command: str, launch: argparse.Namespace, argv: Sequence[str]) 
     _, rest = parser.parse_known_args(argv)
     options = ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
     if launch.accelerate_config:
-        try:
-            options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
-        except ValueError as error:
-            raise NEFTuneConfigError(f"`accelerate_config`: {error}") from error
+        options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
     launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", command, *rest]))
     return True
 
@@ -330,11 +300,11 @@ def load_splits(
     ready, field = [], training_args.dataset_text_field
     training_args.dataset_text_field = "text"
     for split in wanted:
-        called, data = f"{name} ({split})", splits[split]
+        split_name, data = f"{name} ({split})", splits[split]
         if field != "text" and field in get_dataset_column_names(data):  # the user named a column
             data = data.select_columns([field]).rename_column(field, "text")
-        pairs = to_prompt_completion(data, called, bool(tokenizer.chat_template))
-        ready.append(keep_usable(pairs, called, tokenizer, limit))
+        pairs = to_prompt_completion(data, split_name, bool(tokenizer.chat_template))
+        ready.append(keep_usable(pairs, split_name, tokenizer, limit))
     return ready
 
 

@@ -119,6 +119,9 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"dataset_name": None}, [], ["`model_name_or_path` and `dataset_name`"]),
         ({"eval_strategy": "steps"}, [], ["has the splits train, not test", "`dataset_test_split`"]),
         ({"bf16": None, "use_cpu": False}, [], ["`bf16` is true, which is TRL's default", "Set `bf16: false`"]),
+        ({"bf16": True, "use_cpu": False}, [], ["`bf16` is true", "Set `bf16: false`"]),
+        ({"use_cpu": False}, ["--bf16", "true"], ["`bf16` is true"]),
+        ({"bf16": True}, ["--use_cpu", "false"], ["`bf16` is true"]),
         ({"push_to_hub": True}, [], ["`push_to_hub` is true", "`hf auth login`"]),
         ({"model_name_or_path": "no/where"}, [], ["`model_name_or_path` is no/where"]),
         ({"dataset_streaming": True, "max_steps": -1}, [], ["`max_steps`, or `dataset_streaming: false`"]),
@@ -130,7 +133,7 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"max_steps": "many"}, [], ["`--max_steps`: invalid int value: 'many'"]),
         ({"datasets": [{"path": "json", "file": "x"}]}, [], ["unexpected keyword argument 'file'"]),
         ({"datasets": [{"path": "no/where"}]}, [], ["`datasets`: no/where cannot be read"]),
-        ({"accelerate_config": "zero9"}, [], ["`accelerate_config`", "zero9"]),
+        ({"accelerate_config": "zero9"}, [], ["Accelerate config zero9 is neither"]),
         ({"num_processes": 0}, [], ["`num_processes` is 0"]),
         ({}, ["--config", "quikstart"], ["no file and no recipe quikstart", "evol_instruct_smollm2, quickstart."]),
         ({"resume_from_checkpoint": "absent"}, [], ["`resume_from_checkpoint` is absent", "no checkpoint"]),
@@ -189,16 +192,12 @@ def test_the_worst_values_of_options_are_one_line(name, value, config, capsys):
         ("- a", "`config` .*run.yaml holds a list"),
         ("", "`config` .*run.yaml holds a NoneType"),
         ("dataset_name: absent.json", "`dataset_name`: there is no file absent.json"),
-        ("dataset_name: binary.jsonl", "`dataset_name`: binary.jsonl is not text in UTF-8"),
-        ("dataset_name: binary.parquet", "`dataset_name`: binary.parquet is not a Parquet file"),
     ],
 )
 def test_files_are_refused_before_anything_heavy_is_imported(text, message, tmp_path):
     file = tmp_path / "run.yaml"
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    for name in ("binary.jsonl", "binary.parquet"):
-        (tmp_path / name).write_bytes(b"\x80\0" * 9)
     code = (
         "import sys\nfrom neftune_hf.cli import main\n"
         f"code = main(['sft', '--config', {str(file)!r}])\n"
@@ -208,20 +207,6 @@ def test_files_are_refused_before_anything_heavy_is_imported(text, message, tmp_
     assert result.stdout == "2 []\n"
     assert re.search(message, result.stderr)
     assert result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "options"),
-    [
-        ({"bf16": True, "use_cpu": False}, []),
-        ({"use_cpu": False}, ["--bf16"]),
-        ({"bf16": True}, ["--use_cpu", "false"]),
-    ],
-)
-def test_bf16_without_a_gpu_is_refused_before_trl_is_imported(changes, options, config, monkeypatch, capsys):
-    monkeypatch.setattr("neftune_hf.cli.training.parse_arguments", None)
-    assert main(["sft", "--config", config(**changes), *options]) == 2
-    assert "`bf16` is true, but this machine has no GPU with bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["--config quickstart", "--config=quickstart"])
