@@ -7,14 +7,7 @@ from typing import Any
 from ..errors import NEFTuneConfigError
 
 # The folder's location in the wheel, and in a clone.
-FOLDER = next(
-    (
-        folder
-        for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-        if folder.is_dir()
-    ),
-    Path("configs"),
-)
+FOLDER = next(filter(Path.is_dir, (parent / "configs" for parent in Path(__file__).parents[1:3])), Path("configs"))
 
 
 def names() -> list[str]:
@@ -38,9 +31,8 @@ def with_files(argv: Sequence[str]) -> list[str]:
         if name not in names():
             raise NEFTuneConfigError(f"`config`: there is no file and no recipe {name}. Recipes: {', '.join(names())}.")
         words[index] = str(FOLDER / f"{name}.yaml")
-        if (FOLDER / name).is_dir() and not any(
-            word.startswith(("--dataset_name", "--dataset-name")) for word in words
-        ):
+        has_data = any(word.startswith(("--dataset_name", "--dataset-name")) for word in words)
+        if (FOLDER / name).is_dir() and not has_data:
             words += ["--dataset_name", str(FOLDER / name)]
     return words
 
