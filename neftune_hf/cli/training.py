@@ -190,7 +190,7 @@ def check_arguments(
 
 
 def _check_folders(training_args: "NEFTuneSFTConfig") -> None:
-    """Refuse a checkpoint that is none, and an `output_dir` that cannot be a folder; make it if there is none."""
+    """Refuse a checkpoint that is none, and an `output_dir` that cannot be a folder."""
     from transformers.trainer_utils import get_last_checkpoint
 
     output_dir, checkpoint = Path(training_args.output_dir or "."), training_args.resume_from_checkpoint
@@ -201,12 +201,10 @@ def _check_folders(training_args: "NEFTuneSFTConfig") -> None:
         raise NEFTuneConfigError(
             f"`resume_from_checkpoint` is {checkpoint}, but there is no checkpoint, with trainer_state.json. {remedy}"
         )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NEFTuneConfigError(
-            f"`output_dir` is {output_dir}, which cannot be a folder: {error.strerror}. Name another."
-        ) from error
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "cannot be written to" if existing.is_dir() else "is a file"
+        raise NEFTuneConfigError(f"`output_dir` is {output_dir}, but {existing} {problem}. Name another folder.")
 
 
 def _check_login(training_args: "NEFTuneSFTConfig") -> None:
