@@ -32,8 +32,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     length = options.length
-    if length is not None and not 0 < length < math.inf:
-        raise NEFTuneConfigError(f"`--length` is {length:g}; it must be a positive number of tokens.")
+    if length is not None and not 1 <= length <= 1e9:
+        raise NEFTuneConfigError(f"`--length` is {length:g}; it must be from 1 to 1e9 tokens.")
 
     from ..config import FIELDS, NEFTuneConfig
 
@@ -90,10 +90,17 @@ def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
             f"`model` is {settings['model_name_or_path']}, but no tokenizer to count the tokens of {name} was found "
             f"there: {first_line(error)} Give --length."
         ) from error
-    data = load_instructions(name, settings.get("dataset_config"))[settings.get("dataset_train_split", "train")]
+    splits, split = (
+        load_instructions(name, settings.get("dataset_config")),
+        settings.get("dataset_train_split", "train"),
+    )
+    if split not in splits:
+        raise DatasetError(f"`dataset_train_split` is {split}, but {name} has the splits {', '.join(splits)}.")
+    data = splits[split]
     records = to_prompt_completion(data.select(range(min(sample, len(data)))), name, bool(tokenizer.chat_template))
     texts = [record["text"] if "text" in record else record["prompt"] + record["completion"] for record in records]
-    longest = settings.get("max_length", 1024) or math.inf  # TRL's default
+    if not isinstance(longest := settings.get("max_length", 1024) or math.inf, int | float):  # TRL's default
+        raise NEFTuneConfigError(f"`max_length` is {longest!r}; it must be a number of tokens.")
     lengths = [min(length, longest) for length in count_tokens(tokenizer, texts) if length > 0]
     if not lengths:
         raise DatasetError(f"`dataset_name`: the first records of {name} have no tokens. Give --length.")
@@ -135,7 +142,8 @@ def _training_dtype(settings: dict[str, Any]) -> "torch.dtype | None":
         return torch.float16
     if settings.get("bf16", True):  # TRL's default
         return torch.bfloat16
-    return getattr(torch, str(settings.get("dtype", "float32")), None)  # TRL's default; not for "auto"
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return dtypes.get(settings.get("dtype", "float32"))  # TRL's default; None for "auto"
 
 
 def _reports(

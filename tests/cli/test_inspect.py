@@ -151,12 +151,24 @@ def test_a_config_without_weights(tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["nothing/here"], "`model` is nothing/here, but no model config was found there"),
-    (["x", "--length", "0"], "`--length` is 0"),
+    *((["x", f"--length={length}"], f"`--length` is {length}") for length in ("0", "-1", "nan", "inf", "1e+308")),
     (["absent.yaml"], "`model`: absent.yaml cannot be read"),
 ])  # fmt: skip
 def test_what_cannot_be_inspected(arguments, message, capsys):
     assert cli.main(["inspect", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("dataset_train_split: b", "`dataset_train_split` is b, but set.json has the splits train"),
+    ("max_length: text", "`max_length` is 'text'"),
+])  # fmt: skip
+def test_data_that_cannot_be_measured(text, message, model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "set.json", [{"text": "a"}])
+    Path("run.yaml").write_text(f"model_name_or_path: {model_folder}\ndataset_name: set.json\n{text}")
+    assert cli.main(["inspect", "run.yaml"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("text", "message"), [
