@@ -1,4 +1,4 @@
-"""NEFTune on Alpaca, or on any data set with `instruction`, `input` and `output`.
+"""NEFTune on Alpaca, or on any instruction set that `neftune-hf sft` reads, in Python.
 
     accelerate launch scripts/sft_alpaca.py --config configs/alpaca_llama2_7b.yaml
     python scripts/sft_alpaca.py --config configs/alpaca_smollm2.yaml --neftune_noise_alpha 10
@@ -6,25 +6,23 @@
 The YAML has the paper's settings; every field is also an option. Copy this file and change it.
 """
 
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer
-from neftune_hf.cli.data import load_instructions
-
-
-def to_prompt_completion(record):
-    """To TRL's columns: the loss is on the completion, including the end-of-sequence token that TRL appends."""
-    prompt = f"### Instruction:\n{record['instruction']}\n\n"
-    if record["input"]:
-        prompt += f"### Input:\n{record['input']}\n\n"
-    return {"prompt": prompt + "### Response:\n", "completion": record["output"]}
+from neftune_hf.cli.data import keep_usable, load_instructions, to_prompt_completion
 
 
 def main():
     parser = TrlParser((ScriptArguments, NEFTuneSFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
-    data = load_instructions(script_args.dataset_name)[script_args.dataset_train_split]
-    data = data.map(to_prompt_completion, remove_columns=data.column_names)
+    name = script_args.dataset_name
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    data = load_instructions(name)[script_args.dataset_train_split]
+    # {"prompt": ..., "completion": ...}, with the loss on the completion. The prompt has the model's chat template, or
+    # without one it is the paper's: Stanford Alpaca's. Of a conversation, each answer is a completion.
+    data = to_prompt_completion(data, name, bool(tokenizer.chat_template))
+    data = keep_usable(data, name, tokenizer, training_args.max_length)
     training_args.model_init_kwargs = {"dtype": model_args.dtype}
     trainer = NEFTuneSFTTrainer(
         model_args.model_name_or_path,

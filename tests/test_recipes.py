@@ -1,6 +1,7 @@
 """Every config and script on a tiny model and synthetic records; the model card; the hub."""
 
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +23,52 @@ from .records import records
 CONFIGS = sorted(file for file in (ROOT / "configs").glob("*.yaml") if file.stem != "quickstart")
 
 
+@pytest.fixture
+def trainers(monkeypatch):
+    """Collects the trainers that are created."""
+    found = []
+    train = NEFTuneSFTTrainer.train
+
+    def keep(self, *args, **kwargs):
+        found.append(self)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(NEFTuneSFTTrainer, "train", keep)
+    return found
+
+
+@pytest.fixture(scope="session")
+def plain_model_folder(model_folder, tmp_path_factory) -> str:
+    """A model without a chat template."""
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    assert byte_tokenizer(chat=False).chat_template is None
+    byte_tokenizer(chat=False).save_pretrained(folder)
+    return str(folder)
+
+
+def first_record(trainer) -> tuple[str, str]:
+    """The first record as the trainer reads it: all of it, and what has loss."""
+    row = trainer.train_dataset[0]
+    learnt = [label for label in row["labels"] if label != -100]
+    return tuple(byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in (row["input_ids"], learnt))
+
+
+TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_config_runs_for_two_steps(file, tmp_path, model_folder, capsys):
+def test_every_config_runs_for_two_steps(file, tmp_path, model_folder, plain_model_folder, trainers, capsys):
     settings = yaml.safe_load(file.read_text())
-    words = sft_options(tmp_path, model_folder, settings["dataset_name"])
+    is_base = settings["model_name_or_path"] in ("meta-llama/Llama-2-7b-hf", "facebook/opt-6.7b")
+    words = sft_options(tmp_path, plain_model_folder if is_base else model_folder, settings["dataset_name"])
     assert cli.main(["sft", "--config", str(file), *words]) == 0
-    said, symmetric = capsys.readouterr().out, settings.get("neftune_symmetric", False)
-    assert f"noised in {4 if symmetric else 2} forward passes" in said
-    assert ("(constant), symmetric pairs: " in said) == symmetric
+    printed, symmetric = capsys.readouterr().out, settings.get("neftune_symmetric", False)
+    assert f"noised in {4 if symmetric else 2} forward passes" in printed
+    assert ("(constant), symmetric pairs: " in printed) == symmetric
     assert ("symmetric pairs" in (tmp_path / "README.md").read_text()) == symmetric
+    assert first_record(trainers[0])[0].startswith(TASK if is_base else "user: ")
     saved = {path.name for path in tmp_path.iterdir()}
     assert ("adapter_config.json" in saved) == settings.get("use_peft", False)
 
@@ -48,29 +86,24 @@ def test_the_papers_settings_are_the_papers(file):
 
 @pytest.mark.parametrize(("name", "dataset"), [
     ("sft_alpaca", "tatsu-lab/alpaca"),
+    ("sft_evol_instruct", "WizardLMTeam/WizardLM_evol_instruct_70k"),
     ("sft_evol_instruct", "WizardLMTeam/WizardLM_evol_instruct_V2_196k"),
 ])  # fmt: skip
-def test_the_scripts_run_and_are_short(name, dataset, tmp_path, model_folder, monkeypatch):
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_scripts_run_and_are_short(
+    chat, name, dataset, tmp_path, model_folder, plain_model_folder, trainers, monkeypatch
+):
     file = ROOT / "scripts" / f"{name}.py"
     assert len(file.read_text().splitlines()) < 50
     config = ROOT / "configs" / f"{name.removeprefix('sft_')}_llama2_7b.yaml"
-    monkeypatch.setattr(
-        sys, "argv", [str(file), "--config", str(config), *sft_options(tmp_path, model_folder, dataset)]
-    )
-    seen = {}
-    train = NEFTuneSFTTrainer.train
-
-    def keep(self, *args, **kwargs):
-        seen["trainer"] = self
-        return train(self, *args, **kwargs)
-
-    monkeypatch.setattr(NEFTuneSFTTrainer, "train", keep)
+    words = sft_options(tmp_path, model_folder if chat else plain_model_folder, dataset)
+    monkeypatch.setattr(sys, "argv", [str(file), "--config", str(config), *words])
     runpy.run_path(str(file), run_name="__main__")
     assert (tmp_path / "model.safetensors").is_file()
-    assert seen["trainer"].args.neftune_noise_alpha == 5
-    first = seen["trainer"].train_dataset[0]
-    learnt = byte_tokenizer().decode([label for label in first["labels"] if label != -100], skip_special_tokens=True)
+    assert trainers[0].args.neftune_noise_alpha == 5
+    whole, learnt = first_record(trainers[0])
     assert learnt.strip() == "one!"
+    assert whole.startswith("user: " if chat else TASK)
 
 
 def test_the_card_and_an_adapter_that_needs_nothing_of_ours(tmp_path, model_folder):

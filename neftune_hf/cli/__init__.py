@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .. import __version__
@@ -22,9 +23,17 @@ _EXTRAS = {"trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "qua
     ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "scipy"), "compare"
 )
 
+# Modules that hand the user's settings to other libraries, which refuse them with errors of any kind. Called from
+# elsewhere, with values of our own, they refuse a setting only with a `ValueError`.
+_HAND_OVER = tuple(f"neftune_hf.{module}" for module in ("cli", "compare", "sft", "trainer"))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `neftune-hf`. The exit status is 0, or 2 for an error that the user can fix."""
+    """Run `neftune-hf`. The exit status is 0, or 2 with one line on stderr for an error that the user can fix.
+
+    Those are errors that this library raises on purpose, errors of the operating system, and what other libraries raise
+    when a command hands them a setting. Any other exception is a bug and shows its traceback.
+    """
     parser = argparse.ArgumentParser(
         prog="neftune-hf", description="NEFTune (noisy embedding fine-tuning) for Hugging Face models."
     )
@@ -39,13 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("neftune_hf").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         importlib.import_module(f".{command}", __name__).run(rest)
-    except NEFTuneError as error:
-        message = f"{type(error).__name__}: {error}"
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+    except Exception as error:
+        if (message := _one_line(error)) is None:
             raise
-        message = f'`{command}` needs {error.name}: pip install "neftune_hf[{_EXTRAS[error.name]}]"'
-    else:
-        return 0
-    print(f"neftune-hf: {message}", file=sys.stderr)
-    return 2
+        print(f"neftune-hf: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to print for an error; None if it is a bug of ours, whose traceback is to be seen."""
+    if isinstance(error, NEFTuneError):
+        return f"{type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return f'{error.name} is not installed: pip install "neftune_hf[{_EXTRAS[error.name]}]"'
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {text}"
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    *_, caller = (module for module in modules if module.partition(".")[0] == "neftune_hf")
+    if caller != modules[-1] and (caller.startswith(_HAND_OVER) or isinstance(error, ValueError)):
+        return f"{type(error).__name__} in {modules[-1]}: {text}"
+    return None

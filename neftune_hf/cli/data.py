@@ -1,7 +1,8 @@
 """Load instruction sets from a file, a folder or the hub, and convert them to TRL's prompt-completion format."""
 
+import glob
 import logging
-import re
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,12 +35,12 @@ _KNOWN = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS, "prompt", "comple
 _VERSION = {"version": __version__}
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_BLANK = {"role": "user", "content": ""}
+_EMPTY_MESSAGE = {"role": "user", "content": ""}
 
 _EMPTY = "have no prompt or no completion and are dropped"
 _REJECTED = "are rejected by the chat template and are dropped"
-_FULL = "have a prompt of `max_length` tokens or more and are dropped"
-_CUT = "are longer than `max_length` tokens and are truncated"
+_PROMPT_TOO_LONG = "have a prompt of `max_length` tokens or more and are dropped"
+_TRUNCATED = "are longer than `max_length` tokens and are truncated"
 
 
 def load_instructions(
@@ -48,8 +49,8 @@ def load_instructions(
     """Load an instruction set with `datasets.load_dataset`.
 
     Args:
-        name (`str`): A JSON, JSONL or Parquet file, which becomes the split `train`; a folder of such files, either
-            one per split and named after it or laid out as on the hub; or the name of a data set on the hub.
+        name (`str`): A JSON, JSONL or Parquet file, which becomes the split `train`; a folder of such files, from
+            whose names datasets infers the splits; or the name of a data set on the hub.
         config (`str`, *optional*): Configuration of a hub data set.
         streaming (`bool`): Stream it.
         argument (`str`): What error messages call `name`.
@@ -68,26 +69,26 @@ def load_instructions(
     ['instruction', 'input', 'output']
     ```
     """
-    path, files = Path(name), {}
-    if path.is_dir():
-        files = _splits(path, argument)
-    elif path.suffix in _READERS:
-        files = {"train": path}
-        if not path.is_file():
-            raise DatasetError(f"`{argument}`: there is no file {name}.")
-    elif path.is_file():
-        raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
+    path, reader, files = Path(name), name, {}
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
+        reader, files = _READERS[path.suffix], {"data_files": literal_path(name)}
+    elif path.suffix in _READERS and not path.is_dir():
+        raise DatasetError(f"`{argument}`: there is no file {name}.")
+    elif path.is_dir() and glob.has_magic(str(path.resolve())):  # datasets would read the folder's name as a pattern
+        reader = "parquet" if any(path.rglob("*.parquet")) else "json"
+        files = {"data_dir": glob.escape(str(path.resolve()))}
     with dataset_errors(argument, name):
-        if not files:
-            return datasets.load_dataset(name, config, streaming=streaming)
-        splits = (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)()
-        for split, file in files.items():
-            reader = _READERS[file.suffix]
-            splits[split] = datasets.load_dataset(
-                reader, data_files={split: str(file)}, split=split, streaming=streaming
-            )
-            next(iter(splits[split]))  # a stream reports only now that it is malformed or empty
+        splits = datasets.load_dataset(reader, config, streaming=streaming, **files)
+        for data in splits.values() if path.exists() else ():
+            next(iter(data))  # a stream reports only now that it is malformed or empty
     return splits
+
+
+def literal_path(name: str) -> str:
+    """`name`, for datasets, which reads it as a glob pattern: a path that exists is that file and no other."""
+    return glob.escape(str(Path(name).absolute())) if Path(name).exists() else name
 
 
 def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: bool) -> datasets.Dataset:
@@ -107,65 +108,26 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
     Args:
         data (`datasets.Dataset`): One split.
         name (`str`): Name of the split, for errors and the log.
-        has_chat_template (`bool`): Whether to return messages rather than text with a plain instruction prompt.
+        has_chat_template (`bool`): Whether to return messages rather than text with Stanford Alpaca's prompt.
 
     Raises:
         DatasetError: The columns match none of these formats, or do not contain text.
     """
     columns = set(get_dataset_column_names(data))
-    has_prompts = {"prompt", "completion"} <= columns
-    is_instruction = bool(columns & {*_INSTRUCTION} and columns & {*_OUTPUT})
-    carried = sorted(columns & {*_CARRIED})
-
-    if is_instruction or (columns & {*_TURNS} and not has_prompts):
-        used = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS} if is_instruction else {*_SYSTEM, *_TURNS}
-
-        def convert(record: dict) -> Iterator[tuple]:
-            return _split_turns(_messages(record, name))
-
-    elif has_prompts:
-        used = {"prompt", "completion"}
-
-        def convert(record: dict) -> Iterator[tuple]:
-            parts: tuple[Any, Any] = record["prompt"], record["completion"]
-            if any(isinstance(part, list) for part in parts):
-                if any(isinstance(part, str) for part in parts):
-                    raise DatasetError(f"{name}: one of `prompt` and `completion` is text, the other messages.")
-                prompt, completion = ([_message(turn, name) for turn in part or [None]] for part in parts)
-                parts = prompt, completion
-            else:
-                parts = _text(record, ["prompt"], name), _text(record, ["completion"], name)
-            yield parts
-
-    elif "text" in columns:
-        _log_unused(columns, {"text"}, name)
-
-        def convert_text(record: dict, version: str) -> dict:
-            return {"text": _text(record, ["text"], name)}
-
-        return data.map(convert_text, remove_columns=sorted(columns - {"text"}), fn_kwargs=_VERSION)
-    else:
-        raise DatasetError(
-            f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name "
-            "them `instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
-            "`completion`, or `text`."
-        )
+    used = _used_columns(columns, name)
     _log_unused(columns, used, name)
+    carried = sorted(columns & {*_CARRIED}) if "text" not in used else []
+    keys = ["text"] if "text" in used else ["prompt", "completion", *carried]
 
-    def convert_batch(batch: dict[str, list], version: str) -> dict[str, list]:
-        made: dict[str, list] = {key: [] for key in ("prompt", "completion", *carried)}
+    def convert(batch: dict[str, list], version: str) -> dict[str, list]:
+        rows = []
         for values in zip(*batch.values(), strict=True):
             record = dict(zip(batch, values, strict=True))
-            for prompt, completion in convert(record):
-                if not has_chat_template and isinstance(prompt, list):
-                    prompt, completion = _plain(prompt), "".join(_content(message) for message in completion)
-                for key, value in {"prompt": prompt, "completion": completion}.items():
-                    made[key].append(value)
-                for key in carried:
-                    made[key].append(record[key])
-        return made
+            for parts in _convert({key: record[key] for key in used}, name, has_chat_template):
+                rows.append([*parts, *(record[key] for key in carried)])
+        return {key: [row[i] for row in rows] for i, key in enumerate(keys)}
 
-    return data.map(convert_batch, batched=True, remove_columns=sorted(columns), fn_kwargs=_VERSION)
+    return data.map(convert, batched=True, remove_columns=sorted(columns), fn_kwargs=_VERSION)
 
 
 def keep_usable(
@@ -180,99 +142,117 @@ def keep_usable(
     Raises:
         DatasetError: No record is left.
     """
-    columns = set(get_dataset_column_names(data))
-    if not ({"prompt", "completion"} <= columns or "text" in columns):
-        return data
-    end = tokenizer.eos_token or ""  # TRL appends it to text; in messages the template does
-
-    def problem(is_empty: bool, prompt: int, whole: int) -> str:
-        if is_empty:
-            return _EMPTY
-        if min(prompt, whole) < 0:
-            return _REJECTED
-        if max_length is None:
-            return ""
-        return _FULL if prompt >= max_length else _CUT if whole > max_length else ""
-
-    def problems(batch: dict[str, list]) -> list[str]:
-        if "completion" not in batch:
-            texts = [text or "" for text in batch["text"]]
-            wholes = count_tokens(tokenizer, [text + end for text in texts])
-            return [problem(not text.strip(), 0, whole) for text, whole in zip(texts, wholes, strict=True)]
-        pairs = list(zip(batch["prompt"], batch["completion"], strict=True))
-        empty = [_is_empty(prompt) or _is_empty(completion) for prompt, completion in pairs]
-        chat = any(isinstance(part, list) for pair in pairs for part in pair)
-        pairs = [(prompt or ([] if chat else ""), completion or ([] if chat else "")) for prompt, completion in pairs]
-        prompts = count_tokens(tokenizer, [prompt for prompt, _ in pairs], is_prompt=True)
-        wholes = count_tokens(tokenizer, [p + c if chat else p + c.removesuffix(end) + end for p, c in pairs])
-        return list(map(problem, empty, prompts, wholes))
-
     counts: Counter[str] = Counter()
     if isinstance(data, datasets.IterableDataset):
-        counted = -1
+        usable = _filter_stream(data, name, tokenizer, max_length, counts)
+        is_empty = next(iter(usable), None) is None
+    else:
 
-        def keep(batch: dict[str, list], indices: list[int]) -> list[bool]:
-            nonlocal counted  # a stream restarts each time its first record is read, and each epoch
-            found = problems(batch)
-            for kind in (kind for kind, index in zip(found, indices, strict=True) if kind and index > counted):
-                counts[kind] += 1
-                if counts[kind] in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000):
-                    logger.warning("%s: %s so far %s", name, f"{counts[kind]:,}", kind)
-            counted = max(counted, *indices)
-            return [kind in ("", _CUT) for kind in found]
+        def measure(batch: dict[str, list], version: str) -> dict[str, list[str]]:
+            return {"problem": _problems(batch, tokenizer, max_length)}
 
-        kept = data.filter(keep, batched=True, with_indices=True)
-        if next(iter(kept), None) is None:
-            raise DatasetError(_nothing_left(name, counts, max_length))
-        return kept
+        measured = data.map(measure, batched=True, remove_columns=data.column_names, fn_kwargs=_VERSION)
+        problems = list(measured["problem"])
+        counts.update(filter(None, problems))
+        for problem, count in counts.items():
+            logger.warning("%s: %s of %s records %s", name, f"{count:,}", f"{len(data):,}", problem)
+        usable = data.select([row for row, problem in enumerate(problems) if problem in ("", _TRUNCATED)])
+        is_empty = len(usable) == 0
+    if is_empty:
+        dropped = ", ".join(f"{count:,} {problem}" for problem, count in counts.items() if problem != _TRUNCATED)
+        raise DatasetError(f"{name} has no usable record: {dropped or 'it is empty'}. `max_length` is {max_length}.")
+    return usable
 
-    def measure(batch: dict[str, list], version: str) -> dict[str, list[str]]:
-        return {"problem": problems(batch)}
 
-    measured = data.map(measure, batched=True, remove_columns=data.column_names, fn_kwargs=_VERSION, desc="Measuring")
-    found = list(measured["problem"])
-    counts.update(found)
-    for kind in (_EMPTY, _REJECTED, _FULL, _CUT):
-        if counts[kind]:
-            logger.warning("%s: %s of %s records %s", name, f"{counts[kind]:,}", f"{len(data):,}", kind)
-    usable = [row for row, kind in enumerate(found) if kind in ("", _CUT)]
-    if not usable:
-        raise DatasetError(_nothing_left(name, counts, max_length))
-    return data.select(usable)
+def _filter_stream(data, name, tokenizer, max_length, counts: Counter[str]) -> datasets.IterableDataset:
+    last_counted = -1  # a stream restarts each time its first record is read, and each epoch
+
+    def keep(batch: dict[str, list], indices: list[int]) -> list[bool]:
+        nonlocal last_counted
+        problems = _problems(batch, tokenizer, max_length)
+        for problem in (problem for problem, i in zip(problems, indices, strict=True) if problem and i > last_counted):
+            counts[problem] += 1
+            if math.log10(counts[problem]).is_integer():
+                logger.warning("%s: %s so far %s", name, f"{counts[problem]:,}", problem)
+        last_counted = max(last_counted, *indices)
+        return [problem in ("", _TRUNCATED) for problem in problems]
+
+    return data.filter(keep, batched=True, with_indices=True)
+
+
+def _problems(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[str]:
+    """What is wrong with each record of a batch, "" if nothing is."""
+    end = tokenizer.eos_token or ""  # TRL appends it to text; in messages the template does
+    completions = batch["completion"] if "completion" in batch else batch["text"]
+    prompts = batch["prompt"] if "prompt" in batch else [""] * len(completions)
+    has_prompts, is_chat = "prompt" in batch, any(isinstance(part, list) for part in [*prompts, *completions])
+    nothing: Any = [] if is_chat else ""
+    pairs = [
+        (prompt or nothing, completion or nothing) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    prompt_lengths = count_tokens(tokenizer, [prompt for prompt, _ in pairs], is_prompt=True)
+    lengths = count_tokens(tokenizer, [p + c if is_chat else p + c.removesuffix(end) + end for p, c in pairs])
+    problems = []
+    for (prompt, completion), prompt_length, length in zip(pairs, prompt_lengths, lengths, strict=True):
+        problem = ""
+        if (has_prompts and _is_empty(prompt)) or _is_empty(completion):
+            problem = _EMPTY
+        elif min(prompt_length, length) < 0:
+            problem = _REJECTED
+        elif max_length is not None and length > max_length:
+            problem = _PROMPT_TOO_LONG if has_prompts and prompt_length >= max_length else _TRUNCATED
+        problems.append(problem)
+    return problems
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, parts: list[Any], is_prompt: bool = False) -> list[int]:
     """The number of tokens of each text or list of messages; -1 if the chat template rejects the messages."""
-    chat = isinstance(parts[0], list)
-    texts = [_templated(tokenizer, part, is_prompt) for part in parts] if chat else parts
-    given = [text for text in texts if text is not None]
-    lengths = iter(tokenizer(given, add_special_tokens=not chat)["input_ids"] if given else ())
+    is_chat = isinstance(parts[0], list)
+    texts = [_templated(tokenizer, part, is_prompt) for part in parts] if is_chat else parts
+    accepted = [text for text in texts if text is not None]
+    lengths = iter(tokenizer(accepted, add_special_tokens=not is_chat)["input_ids"] if accepted else ())
     return [-1 if text is None else len(next(lengths)) for text in texts]
 
 
-def plain_prompt(instruction: str) -> str:
-    """The instruction prompt for models without a chat template."""
-    return f"### Instruction:\n{instruction}\n\n### Response:\n"
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The prompt of the paper's code, which is Stanford Alpaca's. The completion follows without a space."""
+    # PROMPT_DICT in train.py of tatsu-lab/stanford_alpaca at 761dc5b, and in experiment_code/dataset.py of
+    # neelsjain/NEFTune at 09d4909. Models are trained with these words: do not change them.
+    context = ", paired with an input that provides further context" if input else ""
+    parts = [f"### Instruction:\n{instruction}", *([f"### Input:\n{input}"] if input else []), "### Response:"]
+    task = f"Below is an instruction that describes a task{context}. "
+    return "\n\n".join([task + "Write a response that appropriately completes the request.", *parts])
 
 
-def prompt_text(record: dict[str, Any], name: str) -> str:
-    """The user's message: the instruction, followed by the input if there is one."""
-    parts = _text(record, _INSTRUCTION, name), _text(record, _INPUT, name)
-    return "\n\n".join(part for part in parts if part.strip())
+def plain_prompt(messages: list[dict[str, Any]], input: str = "") -> str:
+    """Messages as text, for models without a chat template; "" if one is empty.
+
+    The first user message is Stanford Alpaca's prompt, with `input`; later ones are without its first paragraph, as in
+    experiment_code/conversation.py of the paper's code.
+    """
+    if _is_empty(messages):
+        return ""
+    parts, is_first = [], True
+    for message in messages:
+        if message["role"] != "user":
+            parts.append(_content(message) + "\n\n")
+            continue
+        prompt = alpaca_prompt(_content(message), input)
+        parts.append(prompt if is_first else prompt.partition("\n\n")[2])
+        input, is_first = "", False
+    return "".join(parts)
 
 
-def _splits(folder: Path, argument: str) -> dict[str, Path]:
-    """The files of a folder by the split in their names; empty if the folder is laid out as on the hub."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in _READERS)
-    splits = {file.stem: file for file in files}
-    for file in files:
-        if (other := splits[file.stem]) != file:
-            raise DatasetError(
-                f"`{argument}`: {file.name} and {other.name} in {folder} are both the split {file.stem}. Rename one."
-            )
-    if not files and not any(file.suffix in _READERS for file in folder.rglob("*")):
-        raise DatasetError(f"`{argument}`: the folder {folder} has no .json, .jsonl or .parquet file.")
-    return splits if all(re.fullmatch(r"\w+", split) for split in splits) else {}
+def instruction_and_input(record: dict[str, Any], name: str) -> tuple[str, str]:
+    """The record's instruction and its input, or "" without one. An input alone is the instruction."""
+    instruction, input = (_text(record, columns, name) for columns in (_INSTRUCTION, _INPUT))
+    instruction, input = (text if text.strip() else "" for text in (instruction, input))
+    return (instruction, input) if instruction else (input, "")
+
+
+def user_message(instruction: str, input: str = "") -> dict[str, str]:
+    """The user's message to a model with a chat template."""
+    return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
 
 
 @contextmanager
@@ -285,8 +265,8 @@ def dataset_errors(argument: str, name: str) -> Iterator[None]:
     except (DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
         if "corresponds to no data" in str(error):
             raise DatasetError(f"`{argument}`: {name} is empty.") from error
-        said = first_line(error.__cause__ or error)
-        raise DatasetError(f"`{argument}`: {name} cannot be read: {said}") from error
+        reason = first_line(error.__cause__ or error)
+        raise DatasetError(f"`{argument}`: {name} cannot be read: {reason}") from error
 
 
 def _log_unused(columns: set[str], used: set[str], name: str) -> None:
@@ -303,11 +283,6 @@ def _log_unused(columns: set[str], used: set[str], name: str) -> None:
             logger.warning("%s: %s is used where %s is null", name, ", ".join(others), first)
 
 
-def _nothing_left(name: str, counts: Counter[str], max_length: int | None) -> str:
-    dropped = ", ".join(f"{counts[kind]:,} {kind}" for kind in (_EMPTY, _REJECTED, _FULL) if counts[kind])
-    return f"{name} has no usable record: {dropped or 'it is empty'}. `max_length` is {max_length}."
-
-
 def _first(record: dict[str, Any], columns: Iterable[str]) -> tuple[str, Any]:
     return next(((column, record[column]) for column in columns if record.get(column) is not None), ("", None))
 
@@ -320,25 +295,65 @@ def _text(record: dict[str, Any], columns: Iterable[str], name: str) -> str:
     return "" if value is None else str(value)
 
 
-def _messages(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The messages of a record, from its instruction or else from its turns; a system column comes first."""
-    _, turns = _first(record, _TURNS)
-    if turns is None or _first(record, _INSTRUCTION)[0]:
-        turns = [
-            {"role": "user", "content": prompt_text(record, name)},
-            {"role": "assistant", "content": _text(record, _OUTPUT, name)},
-        ]
-    messages = [_message(turn, name) for turn in turns]
-    system = _text(record, _SYSTEM, name)
-    if system.strip() and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+def _used_columns(columns: set[str], name: str) -> set[str]:
+    """The columns of the first known format that `columns` have."""
+    is_instruction = columns & {*_INSTRUCTION} and columns & {*_OUTPUT}
+    if not is_instruction and {"prompt", "completion"} <= columns:
+        return {"prompt", "completion"}
+    if is_instruction or columns & {*_TURNS}:
+        return columns & {*_SYSTEM, *_TURNS, *((*_INSTRUCTION, *_INPUT, *_OUTPUT) if is_instruction else ())}
+    if "text" in columns:
+        return {"text"}
+    raise DatasetError(
+        f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name "
+        "them `instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
+        "`completion`, or `text`."
+    )
+
+
+def _convert(record: dict[str, Any], name: str, has_chat_template: bool) -> Iterator[tuple]:
+    """The prompts and completions of a record, or its text."""
+    if "text" in record:
+        yield (_text(record, ["text"], name),)
+        return
+    input = ""
+    pairs: Iterable[tuple]
+    if "prompt" in record:
+        pairs = [_prompt_and_completion(record, name)]
+    else:
+        instruction, input = instruction_and_input(record, name)
+        _, turns = _first(record, _TURNS)
+        if turns is None or instruction:
+            output = {"role": "assistant", "content": _text(record, _OUTPUT, name)}
+            turns = [user_message(instruction, input if has_chat_template else ""), output]
+        pairs = _split_turns(_with_system([_message(turn, name) for turn in turns], _text(record, _SYSTEM, name)))
+    for prompt, completion in pairs:
+        if isinstance(prompt, list) and not has_chat_template:
+            prompt, completion = plain_prompt(prompt, input), "".join(map(_content, completion))
+        yield prompt, completion
+
+
+def _prompt_and_completion(record: dict[str, Any], name: str) -> tuple[Any, Any]:
+    parts = record["prompt"], record["completion"]
+    if not any(isinstance(part, list) for part in parts):
+        return _text(record, ["prompt"], name), _text(record, ["completion"], name)
+    if any(isinstance(part, str) for part in parts):
+        raise DatasetError(f"{name}: one of `prompt` and `completion` is text, the other messages.")
+    prompt, completion = ([_message(turn, name) for turn in part or [None]] for part in parts)
+    return prompt, completion
+
+
+def _with_system(messages: list[dict[str, Any]], system: str) -> list[dict[str, Any]]:
+    """The messages after the text of a system column, unless they have a system message of their own."""
+    if not system.strip() or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
     """A turn as `role` and `content`. A null turn becomes an empty user message, so the record is dropped as empty."""
     if turn is None:
-        return _BLANK
+        return _EMPTY_MESSAGE
     if not isinstance(turn, dict) or not turn.keys() & {"from", "role"}:
         raise DatasetError(f"{name}: a turn needs `role` and `content`, or `from` and `value`; found {turn!r:.80}")
     sender = turn.get("from")
@@ -346,7 +361,7 @@ def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
         raise DatasetError(f"{name}: a turn is from {sender!r}; known roles are {', '.join(_ROLES)}.")
     (message,) = maybe_convert_to_chatml({"messages": [dict(turn)]})["messages"]
     if message.get("role") is None:
-        return _BLANK
+        return _EMPTY_MESSAGE
     keeps = isinstance(message.get("content"), list) or message.get("tool_calls")
     content = message.get("content") if keeps else _text(message, ["content"], name)
     return message | {"role": _ROLES.get(message["role"], message["role"]), "content": content}
@@ -358,17 +373,7 @@ def _split_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[list, list]]:
     for end in ends:
         yield messages[:end], [messages[end]]
     if not ends:
-        yield messages or [_BLANK], [_BLANK | {"role": "assistant"}]
-
-
-def _plain(prompt: list[dict[str, Any]]) -> str:
-    """Messages as text, for models without a chat template."""
-    if _is_empty(prompt):
-        return ""
-    return "".join(
-        plain_prompt(_content(message)) if message["role"] == "user" else _content(message) + "\n\n"
-        for message in prompt
-    )
+        yield messages or [_EMPTY_MESSAGE], [_EMPTY_MESSAGE | {"role": "assistant"}]
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -381,9 +386,11 @@ def _is_empty(part: str | list[dict[str, Any]] | None) -> bool:
     if not part:
         return True
     if isinstance(part, str):
-        return part.strip() in ("", plain_prompt("").strip())
-    said = [bool(_content(message).strip()) or bool(message.get("tool_calls")) for message in part]
-    return not any(said) or any(m["role"] == "user" and not s for m, s in zip(part, said, strict=True))
+        return not part.strip()
+    has_content = [bool(_content(message).strip() or message.get("tool_calls")) for message in part]
+    return not any(has_content) or any(
+        message["role"] == "user" and not full for message, full in zip(part, has_content, strict=True)
+    )
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], is_prompt: bool) -> str | None:

@@ -15,19 +15,29 @@ Prompt = str | list[dict[str, str]]
 
 
 def run(argv: Sequence[str]) -> None:
-    """Complete a file of prompts greedily. When called again, it resumes an interrupted run."""
+    """Complete a file of prompts greedily, with a repetition penalty, as the paper's authors did.
+
+    Prompts have the model's chat template, or else Stanford Alpaca's prompt, as in training. When called again, it
+    resumes an interrupted run.
+    """
     parser = argparse.ArgumentParser(prog="neftune-hf generate", description=run.__doc__)
     parser.add_argument("model", help="name or folder of a model or adapter")
     parser.add_argument("--prompts", required=True, help="JSON, JSONL or Parquet with `instruction` or `turns`")
     parser.add_argument("-o", "--output", required=True, help=".json for alpaca_eval, or .jsonl")
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="default: %(default)s")
+    # generate_kwargs in experiment_code/eval_generate.py of neelsjain/NEFTune at 09d4909
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=1024,
+        help="tokens of a completion (default: %(default)s); the authors' max_length=1024 counts the prompt as well",
+    )
     parser.add_argument("--repetition_penalty", type=float, default=1.2, help="default: %(default)s, the authors'")
-    arguments = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "repetition_penalty"):
-        if (value := getattr(arguments, name)) <= 0:
+        if (value := getattr(options, name)) <= 0:
             raise NEFTuneConfigError(f"`--{name}` is {value}; it must be positive.")
-    print(f"{complete_file(**vars(arguments))} completions in {arguments.output}")
+    print(f"{complete_file(**vars(options))} completions in {options.output}")
 
 
 def complete_file(
@@ -38,6 +48,7 @@ def complete_file(
     Args:
         model (`str`): Name or folder of a model or adapter.
         prompts (`str`): JSON, JSONL or Parquet with `instruction` (and `input`), or with `turns` as in MT-bench.
+        max_new_tokens (`int`): Of the completion alone; in the authors' evaluation, 1024 tokens include the prompt.
         output (`str`): A `.jsonl` file, written record by record, or a `.json` file with a list for `alpaca_eval`.
 
     Returns:
@@ -56,23 +67,17 @@ def complete_file(
         raise DatasetError(f"`--output` is {output}, the file of `--prompts`. Name another file.")
     records = read_prompts(prompts)
     if lines != target and target.exists():
-        try:
-            finished = json.loads(target.read_bytes())
-        except ValueError:  # not JSON, or not text
-            finished = None
-        _check_own(finished if isinstance(finished, list) else [finished], records, model, prompts, target)
-        if len(finished) == len(records):
-            return len(records)
-        raise DatasetError(f"`--output` {target} has completions of fewer prompts than {prompts}. Move it away first.")
-    done, size = _begun(lines, records, prompts)
-    _check_own(done, records, model, prompts, lines)
+        _check_finished(target, records, model, prompts)
+        return len(records)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    done, size = _read_lines(lines, records, prompts)
+    _check_records(done, records, model, prompts, lines)
     if len(done) < len(records):
         from tqdm import tqdm
 
-        network, tokenizer = load(model)
-        target.parent.mkdir(parents=True, exist_ok=True)
         with lines.open("ab") as file, tqdm(total=len(records), initial=len(done)) as bar:
             file.truncate(size)  # drop an incomplete last record
+            network, tokenizer = load(model)
             for start in range(len(done), len(records), batch_size):
                 batch = records[start : start + batch_size]
                 for record in _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penalty):
@@ -81,9 +86,9 @@ def complete_file(
                 file.flush()
                 bar.update(len(batch))
     if lines != target:
-        whole = target.with_name(target.name + ".part")  # an interrupted write does not leave a broken `target`
-        whole.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
-        whole.replace(target)
+        part = target.with_name(target.name + ".part")  # an interrupted write does not leave a broken `target`
+        part.write_text(json.dumps(done, ensure_ascii=False, indent=1), encoding="utf-8")
+        part.replace(target)
         lines.unlink()
     return len(records)
 
@@ -120,16 +125,7 @@ def complete(
     max_new_tokens: int,
     repetition_penalty: float = 1.2,
 ) -> list[str]:
-    """The model's greedy completions of a batch of prompts, given as messages or as plain text.
-
-    Example:
-
-    ```python
-    >>> from neftune_hf.cli.generate import complete, load
-    >>> prompts = [[{"role": "user", "content": "Hello!"}]]
-    >>> answers = complete(*load("outputs/alpaca_qwen3"), prompts, max_new_tokens=8)
-    ```
-    """
+    """The model's greedy completions of a batch of prompts, given as messages or as plain text."""
     tokens = complete_tokens(model, tokenizer, prompts, max_new_tokens, repetition_penalty)
     return [str(tokenizer.decode(completion, skip_special_tokens=True)).strip() for completion in tokens]
 
@@ -145,14 +141,14 @@ def complete_tokens(
     import torch
     from transformers import GenerationConfig
 
-    chat = not isinstance(prompts[0], str)
+    is_chat = not isinstance(prompts[0], str)
     texts: Any = prompts
-    if chat:
+    if is_chat:
         texts = tokenizer.apply_chat_template(texts, add_generation_prompt=True, tokenize=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(
-        texts, add_special_tokens=not chat, padding=True, padding_side="left", return_tensors="pt",
+        texts, add_special_tokens=not is_chat, padding=True, padding_side="left", return_tensors="pt",
         return_token_type_ids=False,
     )  # fmt: skip
     ends = model.generation_config.eos_token_id
@@ -168,7 +164,7 @@ def complete_tokens(
         tokens = model.generate(**inputs.to(model.device), generation_config=generation)  # type: ignore[operator]
     model.train(was_training)
     completions = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-    return [row[: next((n for n, id in enumerate(row, 1) if id in ends), None)] for row in completions]
+    return [ids[: next((i for i, id in enumerate(ids, 1) if id in ends), None)] for ids in completions]
 
 
 def read_prompts(prompts: str) -> list[dict[str, Any]]:
@@ -184,94 +180,106 @@ def read_prompts(prompts: str) -> list[dict[str, Any]]:
         {("instruction" if key == "Instruction" else key): value for key, value in record.items()}
         for record in json.loads(json.dumps(data.to_list(), default=str))
     ]
-    for number, record in enumerate(records, start=1):
+    for i, record in enumerate(records, start=1):
         if "instruction" not in record and "turns" not in record:
             raise DatasetError(
-                f"`--prompts` {prompts}: record {number} has the columns {', '.join(record)}; it needs `instruction` "
+                f"`--prompts` {prompts}: record {i} has the columns {', '.join(record)}; it needs `instruction` "
                 "or `turns`."
             )
         turns = turns_of(record)
-        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        if not turns or not all(isinstance(text, str) and text.strip() for text, _ in turns):
             column = "instruction" if record.get("turns") is None and "instruction" in record else "turns"
             raise DatasetError(
-                f"`--prompts` {prompts}: record {number} has `{column}` {record[column]!r:.80}; it needs text."
+                f"`--prompts` {prompts}: record {i} has `{column}` {record[column]!r:.80}; it needs text."
             )
     return records
 
 
-def turns_of(record: dict[str, Any]) -> list[Any]:
-    """The user's turns, in order."""
-    from .data import prompt_text
+def turns_of(record: dict[str, Any]) -> list[tuple[Any, str]]:
+    """The user's turns, in order, each an instruction and its input."""
+    from .data import instruction_and_input
 
     if record.get("turns") is not None:
-        return record["turns"] if isinstance(record["turns"], list) else []
-    return [prompt_text(record, "--prompts")] if isinstance(record.get("instruction"), str) else []
+        return [(turn, "") for turn in record["turns"]] if isinstance(record["turns"], list) else []
+    return [instruction_and_input(record, "--prompts")] if isinstance(record.get("instruction"), str) else []
 
 
 def _complete(batch, network, tokenizer, model, max_new_tokens, repetition_penalty) -> Iterator[dict[str, Any]]:
     """The batch's records with their completions: as `output` for an instruction, as `choices` for turns."""
-    said: list[list[str]] = [[] for _ in batch]
+    completions: list[list[str]] = [[] for _ in batch]
     turns = [turns_of(record) for record in batch]
     for turn in range(max(map(len, turns))):
         rows = [row for row in range(len(batch)) if turn < len(turns[row])]
-        prompts = [format_prompt(turns[row][: turn + 1], said[row], tokenizer) for row in rows]
-        completions = complete(network, tokenizer, prompts, max_new_tokens, repetition_penalty)
-        for row, completion in zip(rows, completions, strict=True):
-            said[row].append(completion)
-    for record, completions in zip(batch, said, strict=True):
+        prompts = [format_prompt(turns[row][: turn + 1], completions[row], tokenizer) for row in rows]
+        texts = complete(network, tokenizer, prompts, max_new_tokens, repetition_penalty)
+        for row, text in zip(rows, texts, strict=True):
+            completions[row].append(text)
+    for record, texts in zip(batch, completions, strict=True):
         if record.get("turns") is None:
-            yield _given(record) | {"output": completions[0], "generator": model}
+            yield _prompt_fields(record) | {"output": texts[0], "generator": model}
         else:
-            yield _given(record) | {"choices": [{"index": 0, "turns": completions}], "model_id": model}
+            yield _prompt_fields(record) | {"choices": [{"index": 0, "turns": texts}], "model_id": model}
 
 
-def _given(record: dict[str, Any]) -> dict[str, Any]:
+def _prompt_fields(record: dict[str, Any]) -> dict[str, Any]:
     """A prompt's record without the fields that the completion sets, which some prompt files already have."""
     set_here = ("output", "generator") if record.get("turns") is None else ("choices", "model_id")
     return {key: value for key, value in record.items() if key not in set_here}
 
 
-def format_prompt(turns: list[str], completions: list[str], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
-    from .data import plain_prompt
+def format_prompt(turns: list[tuple[str, str]], completions: list[str], tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+    """Turns and the completions between them: messages, or Stanford Alpaca's prompt without a chat template."""
+    from .data import plain_prompt, user_message
 
-    if not tokenizer.chat_template:
-        parts = [plain_prompt(turn) + said for turn, said in zip(turns, [*completions, ""], strict=True)]
-        return "\n\n".join(parts)
-    messages = [{"role": "user", "content": turn} for turn in turns]
+    (_, first_input), is_chat = turns[0], bool(tokenizer.chat_template)
+    messages = [user_message(instruction, input if is_chat else "") for instruction, input in turns]
     for index, completion in enumerate(completions):
         messages.insert(2 * index + 1, {"role": "assistant", "content": completion})
-    return messages
+    return messages if is_chat else plain_prompt(messages, first_input)
 
 
 def _line(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
-def _begun(lines: Path, records: list[dict[str, Any]], prompts: str) -> tuple[list[Any], int]:
+def _read_lines(file: Path, records: list[dict[str, Any]], prompts: str) -> tuple[list[Any], int]:
     """The complete records of a file whose last record may be incomplete, and their size in bytes."""
-    if not lines.exists():
+    if not file.exists():
         return [], 0
-    *whole, tail = lines.read_bytes().split(b"\n")  # not splitlines(), which splits inside a string at U+2028
+    *complete_lines, tail = file.read_bytes().split(b"\n")  # not splitlines(), which splits in a string at U+2028
     try:
-        done = [json.loads(line) for line in whole]
+        done = [json.loads(line) for line in complete_lines]
     except ValueError as error:
-        raise DatasetError(f"`--output` {lines} was not written by this command. Move it away first.") from error
-    expected = _line(_given(records[len(done)]))[:-2] if len(done) < len(records) else b""
+        raise DatasetError(f"`--output` {file} was not written by this command. Move it away first.") from error
+    expected = _line(_prompt_fields(records[len(done)]))[:-2] if len(done) < len(records) else b""
     if tail[: len(expected)] != expected[: len(tail)] or (tail and not expected):
-        raise DatasetError(f"`--output` {lines} does not end in a completion of {prompts}. Move it away first.")
-    return done, sum(len(line) + 1 for line in whole)
+        raise DatasetError(f"`--output` {file} does not end in a completion of {prompts}. Move it away first.")
+    return done, sum(len(line) + 1 for line in complete_lines)
 
 
-def _check_own(done: list[Any], records: list[dict[str, Any]], model: str, prompts: str, file: Path) -> None:
+def _check_finished(file: Path, records: list[dict[str, Any]], model: str, prompts: str) -> None:
+    """Refuse a JSON file that contains anything but `model`'s completions of all `records`."""
+    try:
+        finished = json.loads(file.read_bytes())
+    except ValueError:  # not JSON, or not text
+        finished = None
+    finished = finished if isinstance(finished, list) else [finished]
+    _check_records(finished, records, model, prompts, file)
+    if len(finished) < len(records):
+        raise DatasetError(f"`--output` {file} has completions of fewer prompts than {prompts}. Move it away first.")
+
+
+def _check_records(done: list[Any], records: list[dict[str, Any]], model: str, prompts: str, file: Path) -> None:
     """Refuse a file that contains anything but `model`'s completions of the first `records`."""
-    for number, record in enumerate(done):
-        made = {"output", "generator"}, {"choices", "model_id"}
-        if not isinstance(record, dict) or not any(keys <= record.keys() for keys in made):
+    for i, record in enumerate(done):
+        if not isinstance(record, dict) or not (
+            {"output", "generator"} <= record.keys() or {"choices", "model_id"} <= record.keys()
+        ):
             raise DatasetError(f"`--output` {file} was not written by this command. Move it away first.")
         by = record.get("generator", record.get("model_id"))
         if by != model:
             raise DatasetError(f"`--output` {file} has completions by {by}, not by {model}. Name another file.")
-        if number >= len(records) or any(record.get(k) != v for k, v in _given(records[number]).items()):
+        if i >= len(records) or any(record.get(k) != v for k, v in _prompt_fields(records[i]).items()):
             raise DatasetError(
                 f"`--output` {file} has completions of other prompts than {prompts}. Move it away first."
             )

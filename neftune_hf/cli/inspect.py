@@ -4,22 +4,24 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from ..config import FIELDS, NEFTuneConfig
-from ..embeddings import EmbeddingSite, find_input_embeddings, forward_names
 from ..errors import DatasetError, NEFTuneConfigError, first_line
-from ..noise import noise_rms
+from .recipes import read_yaml
 
-ALPHAS = (5.0, 10.0, 15.0)
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+ALPHAS = (5.0, 10.0, 15.0)  # the paper's
 
 
 def run(argv: Sequence[str]) -> None:
-    """Report a model's embedding scale, the norm layer that rescales it, and the signal-to-noise ratio."""
+    """Report the RMS of a model's embeddings and the signal-to-noise ratio at each alpha.
+
+    An alpha is marked if its noise is smaller than the rounding of the embeddings' dtype. With a config, that is the
+    dtype of the training run.
+    """
     parser = argparse.ArgumentParser(prog="neftune-hf inspect", description=run.__doc__)
     parser.add_argument("model", help="name or folder of a model, or a config of `neftune-hf sft` (.yaml)")
     parser.add_argument(
@@ -28,37 +30,47 @@ def run(argv: Sequence[str]) -> None:
         help="L, tokens per sequence (default: the mean over the records of a config's data set, else 512)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
-    length = arguments.length
-    if length is not None and not 0 < length < math.inf:
-        raise NEFTuneConfigError(f"`--length` is {length:g}; it must be a positive number of tokens.")
-    settings, config = _settings(arguments.model)
-    name = settings["model_name_or_path"]
+    options = parser.parse_args(argv)
+    length = options.length
+    if length is not None and not 1 <= length <= 1e9:
+        raise NEFTuneConfigError(f"`--length` is {length:g}; it must be from 1 to 1e9 tokens.")
+
+    from ..config import FIELDS, NEFTuneConfig
+
+    settings: dict[str, Any] = {"model_name_or_path": options.model}
+    is_config = options.model.endswith((".yaml", ".yml"))
+    if is_config:
+        settings = read_yaml(options.model, "model")
+        if "model_name_or_path" not in settings:
+            raise NEFTuneConfigError(f"`model` {options.model} has no `model_name_or_path`. Add it, or name a model.")
+    config = NEFTuneConfig(**{field: settings[field] for field in FIELDS if field in settings})
+    alphas = (float(config.neftune_noise_alpha),) if config.neftune_noise_alpha else ALPHAS
     if length is None:
         length = _mean_length(settings) if settings.get("dataset_name") else 512.0
-    alphas = (float(config.neftune_noise_alpha),) if config.neftune_noise_alpha else ALPHAS
-    given = config.neftune_noise_type, config.neftune_symmetric
-    reports = inspect_model(_model(name), length, alphas, *given)
-    print(json.dumps(reports, indent=2) if arguments.json else inspection(reports))
+    model = _load(settings["model_name_or_path"])
+    reports = _reports(model, length, alphas, _training_dtype(settings) if is_config else None)
+    print(json.dumps(reports, indent=2) if options.json else _as_text(reports))
 
 
-def _settings(model: str) -> tuple[dict[str, Any], NEFTuneConfig]:
-    """The settings in a YAML file, or only the given model's name; and NEFTune's settings."""
-    if not model.endswith((".yaml", ".yml")):
-        return {"model_name_or_path": model}, NEFTuneConfig()
-    import yaml
+def rounding_rms(rms: float, dtype: "torch.dtype") -> float:
+    """RMS of the error of rounding numbers with this RMS to `dtype`.
 
-    try:
-        with open(model, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
-        settings["model_name_or_path"]
-    except OSError as error:
-        raise NEFTuneConfigError(f"`model`: {model} cannot be read: {error.strerror}.") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise NEFTuneConfigError(f"`model` {model} is not YAML: {' '.join(str(error).split())}") from error
-    except (KeyError, TypeError) as error:
-        raise NEFTuneConfigError(f"`model` {model} has no `model_name_or_path`. Add it, or name a model.") from error
-    return settings, NEFTuneConfig(**{field: settings[field] for field in FIELDS if field in settings})
+    The error is uniform within half a unit in the last place, which is between eps / 2 and eps times the number. Over
+    all numbers, its RMS is eps / sqrt(32 ln 2) of theirs: -55.6 dB in bfloat16, -73.7 dB in float16. Noise of the same
+    RMS is as large: uniform noise below it lies within half a unit in the last place.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from neftune_hf.cli.inspect import rounding_rms
+    >>> round(rounding_rms(1.0, torch.bfloat16), 5)
+    0.00166
+    ```
+    """
+    import torch
+
+    return rms * torch.finfo(dtype).eps / math.sqrt(32 * math.log(2))
 
 
 def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
@@ -78,18 +90,26 @@ def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
             f"`model` is {settings['model_name_or_path']}, but no tokenizer to count the tokens of {name} was found "
             f"there: {first_line(error)} Give --length."
         ) from error
-    data = load_instructions(name, settings.get("dataset_config"))[settings.get("dataset_train_split", "train")]
+    splits, split = (
+        load_instructions(name, settings.get("dataset_config")),
+        settings.get("dataset_train_split", "train"),
+    )
+    if split not in splits:
+        raise DatasetError(f"`dataset_train_split` is {split}, but {name} has the splits {', '.join(splits)}.")
+    data = splits[split]
     records = to_prompt_completion(data.select(range(min(sample, len(data)))), name, bool(tokenizer.chat_template))
-    wholes = [record["text"] if "text" in record else record["prompt"] + record["completion"] for record in records]
-    longest = settings.get("max_length", 1024) or math.inf  # TRL's default
-    counts = [min(count, longest) for count in count_tokens(tokenizer, wholes) if count > 0]
-    if not counts:
+    texts = [record["text"] if "text" in record else record["prompt"] + record["completion"] for record in records]
+    if not isinstance(longest := settings.get("max_length", 1024) or math.inf, int | float):  # TRL's default
+        raise NEFTuneConfigError(f"`max_length` is {longest!r}; it must be a number of tokens.")
+    lengths = [min(length, longest) for length in count_tokens(tokenizer, texts) if length > 0]
+    if not lengths:
         raise DatasetError(f"`dataset_name`: the first records of {name} have no tokens. Give --length.")
-    return sum(counts) / len(counts)
+    return sum(lengths) / len(lengths)
 
 
-def _model(name: str) -> nn.Module:
+def _load(name: str) -> "nn.Module":
     """Load the model; on the meta device if there is only a config."""
+    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -104,7 +124,7 @@ def _model(name: str) -> nn.Module:
     if model_class is None:
         raise NEFTuneConfigError(
             f"`model` {name} is a {architecture}, a class that transformers {transformers.__version__} does not have. "
-            "Upgrade transformers, or call `neftune_hf.cli.inspect.inspect_model` on the loaded model."
+            "Upgrade transformers."
         )
     try:
         return model_class.from_pretrained(name, dtype="auto")
@@ -114,155 +134,67 @@ def _model(name: str) -> nn.Module:
             return make(config)
 
 
-@torch.no_grad()
-def inspect_model(
-    model: nn.Module,
-    length: float,
-    alphas: Sequence[float] = ALPHAS,
-    noise_type: str = "uniform",
-    symmetric: bool = False,
+def _training_dtype(settings: dict[str, Any]) -> "torch.dtype | None":
+    """The dtype to which a run with these settings casts the embeddings; None if it is the dtype of the weights."""
+    import torch
+
+    if settings.get("fp16"):
+        return torch.float16
+    if settings.get("bf16", True):  # TRL's default
+        return torch.bfloat16
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return dtypes.get(settings.get("dtype", "float32"))  # TRL's default; None for "auto"
+
+
+def _reports(
+    model: "nn.Module", length: float, alphas: Sequence[float], dtype: "torch.dtype | None"
 ) -> list[dict[str, Any]]:
-    """Report the size of the noise at each embedding of `model`, for sequences of `length` tokens.
+    """The size of the noise at each embedding of `model`, for sequences of `length` tokens; without weights, no RMS.
 
     Args:
-        model (`torch.nn.Module`): A transformers model. On the meta device, values that need weights are None.
-        length (`float`): L, in tokens.
-        alphas (`Sequence[float]`): The values of alpha to report.
-        noise_type (`str`): As `neftune_noise_type`.
-        symmetric (`bool`): As `neftune_symmetric`. Only reported, since the noise of both passes has the same size.
-
-    Returns:
-        `list[dict]`: For each site `path`, `class`, `embedding_dim`, `is_decoder`; `tied_to`, names of parameters tied
-        to its weight; `norm`, the first norm layer after it, which rescales the noise, with its `class`, the
-        `multiplier` of the embedding in its input, and `added`, the RMS of the rest of that input over that of the
-        scaled embedding; `symmetric`; `embedding_rms`; and for each alpha `noise_rms` = alpha / sqrt(3 * L * d),
-        `snr_db` = 20 * log10(embedding_rms / noise_rms), and `nearest_changes`, the share of 512 tokens whose noised
-        embedding is closer to another token's embedding.
-
-    Example:
-
-    ```python
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from neftune_hf.cli.inspect import inspect_model
-    >>> config = LlamaConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
-    >>> inspect_model(LlamaForCausalLM(config), length=512)[0]["norm"]["class"]
-    'LlamaRMSNorm'
-    ```
+        dtype (`torch.dtype`, *optional*): What the embeddings are cast to; `None` if that is their own dtype.
     """
-    sites = find_input_embeddings(model)
-    norms = _norms_after(model, sites)
+    import torch
+    from torch import nn
+
+    from ..embeddings import find_input_embeddings
+    from ..noise import noise_rms
+
     reports = []
-    for site in sites:
-        table = next(m for m in site.module.modules() if isinstance(m, nn.Embedding))
-        named = model.named_parameters(remove_duplicate=False)
-        report: dict[str, Any] = {
-            "path": site.path,
-            "class": type(site.module).__name__,
-            "embedding_dim": site.embedding_dim,
-            "is_decoder": site.is_decoder,
-            "tied_to": [name for name, p in named if p is table.weight and not name.startswith(f"{site.path}.")],
-            "norm": norms.get(site),
-            "length": length,
-            "noise_type": noise_type,
-            "symmetric": symmetric,
-            "embedding_rms": None,
-            "alphas": {alpha: {"noise_rms": noise_rms(alpha, length, site.embedding_dim)} for alpha in alphas},
-        }
+    for site in find_input_embeddings(model):
+        table = next(module for module in site.module.modules() if isinstance(module, nn.Embedding))
+        rms = None
         if not table.weight.is_meta:
             ids = torch.arange(table.num_embeddings, device=table.weight.device)
-            embeddings = torch.cat([site.module(chunk[None])[0].float() for chunk in ids.split(4096)])
-            report["embedding_rms"] = embeddings.square().mean().sqrt().item()
-            for alpha in report["alphas"].values():
-                alpha["snr_db"] = 20 * math.log10(report["embedding_rms"] / alpha["noise_rms"])
-                alpha["nearest_changes"] = _nearest_changes(embeddings, alpha["noise_rms"], noise_type)
-        reports.append(report)
+            with torch.no_grad():
+                embeddings = torch.cat([site.module(chunk[None])[0].float() for chunk in ids.split(4096)])
+            rms = embeddings.square().mean().sqrt().item()
+        cast_to = dtype or table.weight.dtype
+        noise: dict[float, dict[str, Any]] = {
+            a: {"noise_rms": noise_rms(a, length, site.embedding_dim)} for a in alphas
+        }
+        for values in noise.values():
+            if rms:
+                values["snr_db"] = 20 * math.log10(rms / values["noise_rms"])
+                values["lost_in_rounding"] = values["noise_rms"] < rounding_rms(rms, cast_to)
+        reports.append({
+            "path": site.path, "class": type(site.module).__name__, "embedding_dim": site.embedding_dim,
+            "embedding_rms": rms, "dtype": str(cast_to).removeprefix("torch."), "length": length, "alphas": noise,
+        })  # fmt: skip
     return reports
 
 
-def _nearest_changes(embeddings: torch.Tensor, noise_rms: float, noise_type: str, sample: int = 512) -> float:
-    """Share of tokens, sampled evenly from the vocabulary, whose noised embedding is closer to another token's."""
-    own = torch.linspace(0, len(embeddings) - 1, sample, device=embeddings.device).long().unique()
-    generator = torch.Generator(embeddings.device).manual_seed(0)
-    unit = torch.empty(len(own), embeddings.shape[1], device=embeddings.device)
-    if noise_type == "gaussian":
-        unit.normal_(generator=generator)
-    else:
-        unit.uniform_(-1, 1, generator=generator)
-        unit = unit.sign() if noise_type == "bernoulli" else math.sqrt(3) * unit
-    noisy = embeddings[own] + noise_rms * unit
-    distances = embeddings.square().sum(1) - 2 * noisy @ embeddings.T  # squared, up to a constant per row
-    slack = 1e-5 * noisy.square().sum(1)  # do not count duplicate rows
-    return (distances.min(1).values < distances.gather(1, own[:, None])[:, 0] - slack).float().mean().item()
-
-
-class _AllSeen(Exception):
-    """Stops the forward pass once every site's norm layer has been reached."""
-
-
-def _norms_after(model: nn.Module, sites: list[EmbeddingSite]) -> dict[EmbeddingSite, dict[str, Any]]:
-    """The first norm layer after each site whose input has the embedding's shape, found by a short forward pass."""
-    found, embeddings = {}, {}
-
-    def remember(site, module, args, output):
-        embeddings[site] = output.detach()
-
-    def compare(path, module, args):
-        for site in [s for s in embeddings if s not in found and args and args[0].shape == embeddings[s].shape]:
-            found[site] = {"path": path, "class": type(module).__name__, "multiplier": None, "added": None}
-            if not args[0].is_meta:
-                e, x = embeddings[site].float(), args[0].float()
-                multiplier = ((x * e).sum() / e.square().sum()).item()
-                rest = (x - multiplier * e).square().sum() / (multiplier * e).square().sum()
-                found[site] |= {"multiplier": multiplier, "added": rest.sqrt().item()}
-        if len(found) == len(sites):
-            raise _AllSeen
-
-    hooks = [site.module.register_forward_hook(partial(remember, site)) for site in sites]
-    norms = [(path, module) for path, module in model.named_modules() if "Norm" in type(module).__name__]
-    hooks += [module.register_forward_pre_hook(partial(compare, path)) for path, module in norms]
-    # Different widths, to tell the encoder from the decoder.
-    device = next(sites[0].module.parameters()).device
-    given = {"input_ids": torch.arange(1, 7, device=device)[None]}
-    if "decoder_input_ids" in forward_names(model):
-        given["decoder_input_ids"] = torch.arange(1, 6, device=device)[None]
-    was_training = model.training
-    model.eval()
-    try:
-        model(**given)
-    except _AllSeen:
-        pass
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def inspection(reports: list[dict[str, Any]]) -> str:
-    """The reports of [`inspect_model`] as text."""
+def _as_text(reports: list[dict[str, Any]]) -> str:
     lines = []
     for report in reports:
-        tied = f", tied to {', '.join(report['tied_to'])}" if report["tied_to"] else ""
-        lines += [f"{report['path']} ({report['class']}, d={report['embedding_dim']}){tied}"]
-        if (norm := report["norm"]) is None:
-            lines += ["  no norm layer after it was found"]
-        else:
-            how = "" if norm["multiplier"] is None else f"; its input is {norm['multiplier']:.3g} times the embedding"
-            how += f", plus terms of {norm['added']:.2g} times that RMS" if (norm["added"] or 0) > 1e-3 else ""
-            lines += [f"  rescaled by     {norm['path']} ({norm['class']}){how}"]
-        if report["embedding_rms"] is None:
-            lines += ["  embedding RMS   unknown (no weights)"]
-        else:
-            lines += [f"  embedding RMS   {report['embedding_rms']:.4g}"]
-        if report["symmetric"]:
-            lines += ["  symmetric pairs e + s and e - s, two passes per step"]
+        lines += ["{path} ({class}, d={embedding_dim})".format(**report)]
+        rms = report["embedding_rms"]
+        lines += [f"  embedding RMS   {'unknown (no weights)' if rms is None else f'{rms:.4g}'}"]
         for alpha, values in report["alphas"].items():
-            line = f"  alpha {alpha:<4g}      {report['noise_type']} noise, RMS {values['noise_rms']:.4g} "
-            line += f"at {report['length']:g} tokens"
+            line = f"  alpha {alpha:<4g}      noise RMS {values['noise_rms']:.4g} at {report['length']:g} tokens"
             if "snr_db" in values:
-                line += (
-                    f", SNR {values['snr_db']:+.1f} dB; nearest neighbour changes for "
-                    f"{100 * values['nearest_changes']:.1f} % of tokens"
-                )
+                line += f", SNR {values['snr_db']:+.1f} dB"
+            if values.get("lost_in_rounding"):
+                line += f": lost in {report['dtype']}'s rounding; the paper used 5, 10 and 15"
             lines.append(line)
     return "\n".join(lines)

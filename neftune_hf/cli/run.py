@@ -29,17 +29,17 @@ def run(argv: Sequence[str]) -> None:
         raise NEFTuneConfigError("`run` needs a command: neftune-hf run -- llamafactory-cli train FILE")
     startup = str(Path(__file__).parent / "startup")
     with tempfile.TemporaryDirectory(prefix="neftune_hf_") as folder:
-        seen = Path(folder) / "seen"
+        marker = Path(folder) / "neftune_ran"
         paths = [startup, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NEFTUNE_HF_RUN": str(seen)}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NEFTUNE_HF_RUN": str(marker)}
         try:
             process = subprocess.Popen(command, env=environment)
         except OSError as error:
             raise NEFTuneConfigError(f"`run` cannot start {command[0]}: {error.strerror}.") from error
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the command as well
-        signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+        signal.signal(signal.SIGTERM, lambda signum, frame: process.terminate())
         status = process.wait()
-        if status == 0 and not seen.exists():
+        if status == 0 and not marker.exists():
             logger.warning(
                 "neftune-hf run: `%s` ended, and no Trainer in its processes used NEFTune. Either "
                 "`neftune_noise_alpha` is not set in its configuration, or it trains without transformers' Trainer, or "

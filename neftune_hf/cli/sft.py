@@ -5,19 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import recipes
-from .training import (
-    check_arguments,
-    load_splits,
-    load_tokenizer,
-    make_trainer,
-    maybe_launch,
-    mean_snr_db,
-    parse_arguments,
-    quiet_third_party_warnings,
-    read_config,
-    shut_down_distributed,
-)
+from . import recipes, training
 
 if TYPE_CHECKING:
     from ..sft import NEFTuneSFTTrainer
@@ -30,23 +18,23 @@ def run(argv: Sequence[str]) -> None:
     set as an option or in the YAML file.
     """
     argv = recipes.with_files(argv)
-    settings = read_config(argv)
-    quiet_third_party_warnings()
-    script_args, training_args, model_args, mixture, launch = parse_arguments(argv, settings)
-    if maybe_launch("sft", launch, argv):
+    settings = training.read_config(argv)
+    training.quiet_third_party_warnings()
+    script_args, training_args, model_args, mixture, launch = training.parse_arguments(argv, settings)
+    if training.maybe_launch("sft", launch, argv):
         return
-    check_arguments(script_args, training_args, model_args, mixture)
+    training.check_arguments(script_args, training_args, model_args, mixture)
 
-    tokenizer = load_tokenizer(model_args, training_args)
+    tokenizer = training.load_tokenizer(model_args, training_args)
     if training_args.process_index != 0:  # all processes read the same data; one logs about it
         logging.getLogger("neftune_hf").setLevel(logging.ERROR)
-    wanted = [script_args.dataset_train_split]
+    splits = [script_args.dataset_train_split]
     if training_args.eval_strategy != "no":
-        wanted.append(script_args.dataset_test_split)
+        splits.append(script_args.dataset_test_split)
     with training_args.main_process_first():
-        train, *tests = load_splits(script_args, training_args, mixture, tokenizer, wanted)
+        train, *tests = training.load_splits(script_args, training_args, mixture, tokenizer, splits)
     test = tests[0] if tests else None
-    trainer = make_trainer(training_args, model_args, tokenizer, train, test)
+    trainer = training.make_trainer(training_args, model_args, tokenizer, train, test)
     example = next(iter(test)) if test is not None else None
     before = _completion(example, trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -61,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
         print(summary(trainer, example, before, after))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
-    shut_down_distributed()
+    training.shut_down_distributed()
 
 
 def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before: str | None, after: str | None) -> str:
@@ -79,7 +67,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
         config = run.config
         noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"
         noise += ", symmetric pairs" if config.neftune_symmetric else ""
-        if (db := mean_snr_db(trainer)) is not None:
+        if (db := training.mean_snr_db(trainer)) is not None:
             noise += f": {10 ** (-db / 20):.3f} of the embeddings' RMS (SNR {db:+.1f} dB), "
             noise += "measured on a sample of the training tokens"
         lines.append(f"  noise          {noise}")
@@ -91,15 +79,8 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
         lines.append(f"  held-out loss  {first}{losses[-1]:.4f} after (noise off)")
     if example is not None and before is not None:
         prompt = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
-        lines += [
-            "",
-            f"  prompt: {prompt}",
-            "",
-            f"  completion before: {before}",
-            "",
-            f"  completion after:  {after}",
-            "",
-        ]
+        lines += ["", f"  prompt: {prompt}", "", f"  completion before: {before}", ""]
+        lines += [f"  completion after:  {after}", ""]
     kind = "adapter" if is_peft_model(model) else "model"
     lines.append(f"  {kind} saved in {args.output_dir}")
     return "\n".join(lines)

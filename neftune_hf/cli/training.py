@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import codecs
 import difflib
 import logging
 import math
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import DatasetError, NEFTuneConfigError, NEFTuneError, first_line
+from ..errors import DatasetError, NEFTuneConfigError, first_line
 from . import recipes
 
 if TYPE_CHECKING:
@@ -78,74 +77,32 @@ def _refuse(message: str) -> NoReturn:
 
 
 def read_config(argv: Sequence[str]) -> dict[str, Any]:
-    """Refuse missing or malformed files, and bf16 without a GPU, before importing TRL, which takes seconds.
+    """Refuse missing or malformed files before importing TRL, which takes seconds.
 
     Returns:
         `dict`: The contents of the YAML file.
     """
-    import yaml
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("--config")
     parser.add_argument("--dataset_name", "--dataset-name")
-    parser.add_argument("--bf16", nargs="?", const=True)
-    parser.add_argument("--use_cpu", "--use-cpu", nargs="?", const=True)
-    given, _ = parser.parse_known_args(argv)
-    settings = {}
-    if given.config is not None:
-        try:
-            settings = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise NEFTuneConfigError(f"`config`: {given.config} cannot be read: {error.strerror}.") from error
-        except (ValueError, yaml.YAMLError) as error:
-            raise NEFTuneConfigError(f"`config` {given.config} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(settings, dict):
-            raise NEFTuneConfigError(
-                f"`config` {given.config} holds a {type(settings).__name__}; write `key: value` lines."
-            )
-    name = given.dataset_name or settings.get("dataset_name")
-    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")):
-        if not Path(name).is_file():
-            raise DatasetError(f"`dataset_name`: there is no file {name}.")
-        _check_text(name)
-    bf16, use_cpu = (str(getattr(given, key) or settings.get(key)).lower() == "true" for key in ("bf16", "use_cpu"))
-    if bf16 and not use_cpu:
-        from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
-
-        if not is_torch_bf16_gpu_available() and not is_torch_xla_available():
-            raise NEFTuneConfigError("`bf16` is true, but this machine has no GPU with bfloat16. Set `bf16: false`.")
+    options, _ = parser.parse_known_args(argv)
+    settings = recipes.read_yaml(options.config, "config") if options.config is not None else {}
+    name = options.dataset_name or settings.get("dataset_name")
+    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")) and not Path(name).exists():
+        raise DatasetError(f"`dataset_name`: there is no file {name}.")
     return settings
 
 
-def _check_text(name: str) -> None:
-    """Refuse a file whose first bytes do not match its suffix."""
-    with open(name, "rb") as file:
-        head = file.read(65536)
-    if name.endswith(".parquet"):
-        is_right = head.startswith(b"PAR1")
-    else:
-        try:
-            is_right = "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)  # the last may be incomplete
-        except UnicodeDecodeError:
-            is_right = False
-    if not is_right:
-        kind = "a Parquet file" if name.endswith(".parquet") else "text in UTF-8"
-        raise DatasetError(f"`dataset_name`: {name} is not {kind}.")
-
-
-def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
-    """Parse a YAML file and options with TRL's parser. The error for an unknown name suggests the closest known one."""
+def _parser(argv: Sequence[str]) -> Any:
+    """TRL's parser, with the options of the command. Without TRL, `--help` lists only those."""
     try:
         from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
         from ..sft import NEFTuneSFTConfig
     except ModuleNotFoundError:
-        parser = argparse.ArgumentParser(
-            prog="neftune-hf sft",
-            description=_DESCRIPTION,
-            epilog='With TRL installed, every field is listed: pip install "neftune_hf[trl]"',
-        )
+        epilog = 'With TRL installed, every field is listed: pip install "neftune_hf[trl]"'
+        parser = argparse.ArgumentParser(prog="neftune-hf sft", description=_DESCRIPTION, epilog=epilog)
         _add_options(parser)
         parser.parse_known_args(argv)  # answers --help
         raise
@@ -158,6 +115,12 @@ def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
     )
     _add_options(parser)
     parser.error = _refuse  # type: ignore[method-assign]
+    return parser
+
+
+def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
+    """Parse a YAML file and options with TRL's parser. The error for an unknown name suggests the closest known one."""
+    parser = _parser(argv)
     known = {action.dest for action in parser._actions} | {"env"}  # TRL sets environment variables from `env`
     _, words = parser.parse_known_args(argv)
     on_line = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")] or words
@@ -169,15 +132,12 @@ def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
             raise NEFTuneConfigError(f"`{unknown[0]}` in {where} is not a field of this command.{hint}")
     try:
         return parser.parse_args_and_config(argv)
-    except NEFTuneError:
-        raise
-    except (TypeError, ValueError) as error:  # from a dataclass's validation
-        message = " ".join(str(error).split())
-        if "support bf16" in message:
-            message = (
-                "`bf16` is true, which is TRL's default, but this machine has no GPU with bfloat16. Set `bf16: false`."
-            )
-        raise NEFTuneConfigError(message) from error
+    except ValueError as error:
+        if "support bf16" not in str(error):
+            raise
+        raise NEFTuneConfigError(
+            "`bf16` is true, which is TRL's default, but this machine has no GPU with bfloat16. Set `bf16: false`."
+        ) from error
 
 
 def maybe_launch(command: str, launch: argparse.Namespace, argv: Sequence[str]) -> bool:
@@ -195,10 +155,7 @@ def maybe_launch(command: str, launch: argparse.Namespace, argv: Sequence[str]) 
     _, rest = parser.parse_known_args(argv)
     options = ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
     if launch.accelerate_config:
-        try:
-            options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
-        except ValueError as error:
-            raise NEFTuneConfigError(f"`accelerate_config`: {error}") from error
+        options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
     launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", command, *rest]))
     return True
 
@@ -210,16 +167,14 @@ def check_arguments(
     mixture: "DatasetMixtureConfig",
 ) -> None:
     """Refuse settings that are bound to fail, before a model is loaded."""
-    checkpoint = training_args.resume_from_checkpoint
-    if isinstance(checkpoint, str) and not Path(checkpoint).is_dir():
-        raise NEFTuneConfigError(
-            f"`resume_from_checkpoint` is {checkpoint}, but there is no such folder. Name a checkpoint in "
-            "`output_dir`, or omit it to start over."
-        )
     if model_args.model_name_or_path is None or not (script_args.dataset_name or mixture.datasets):
         raise NEFTuneConfigError(
             "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."
         )
+    if not isinstance(kwargs := training_args.model_init_kwargs, dict | None):
+        raise NEFTuneConfigError(f"`model_init_kwargs` is {kwargs!r}; it must be `key: value` lines or JSON.")
+    if not 0 <= training_args.seed < 2**32:
+        raise NEFTuneConfigError(f"`seed` is {training_args.seed}; NumPy takes seeds from 0 to 2**32 - 1.")
     if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps <= 0:
         name = "streaming" if mixture.streaming else "dataset_streaming"
         raise NEFTuneConfigError(f"A stream has no length: set `max_steps`, or `{name}: false`.")
@@ -229,16 +184,39 @@ def check_arguments(
         import peft  # noqa: F401  if it is missing, the error names the extra
     if model_args.load_in_4bit or model_args.load_in_8bit:
         import bitsandbytes  # noqa: F401
+    _check_folders(training_args)
     if training_args.push_to_hub and training_args.process_index == 0:
-        from huggingface_hub import whoami
+        _check_login(training_args)
 
-        try:
-            whoami(training_args.hub_token)
-        except Exception as error:  # unreachable, it raises errors of httpx, the hub or the OS
-            raise NEFTuneConfigError(
-                f"`push_to_hub` is true, and the hub refused the login: {first_line(error)} "
-                "Log in with `hf auth login`, or set `push_to_hub: false`."
-            ) from error
+
+def _check_folders(training_args: "NEFTuneSFTConfig") -> None:
+    """Refuse a checkpoint that is none, and an `output_dir` that cannot be a folder."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    output_dir, checkpoint = Path(training_args.output_dir or "."), training_args.resume_from_checkpoint
+    remedy = "Name a checkpoint's folder, or omit it to start over."
+    if checkpoint is True and (not output_dir.is_dir() or get_last_checkpoint(output_dir) is None):
+        raise NEFTuneConfigError(f"`resume_from_checkpoint` is true, but {output_dir} has no checkpoint. {remedy}")
+    if isinstance(checkpoint, str) and not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise NEFTuneConfigError(
+            f"`resume_from_checkpoint` is {checkpoint}, but there is no checkpoint, with trainer_state.json. {remedy}"
+        )
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "cannot be written to" if existing.is_dir() else "is a file"
+        raise NEFTuneConfigError(f"`output_dir` is {output_dir}, but {existing} {problem}. Name another folder.")
+
+
+def _check_login(training_args: "NEFTuneSFTConfig") -> None:
+    from huggingface_hub import whoami
+
+    try:
+        whoami(training_args.hub_token)
+    except Exception as error:  # unreachable, it raises errors of httpx, the hub or the OS
+        raise NEFTuneConfigError(
+            f"`push_to_hub` is true, and the hub refused the login: {first_line(error)} "
+            "Log in with `hf auth login`, or set `push_to_hub: false`."
+        ) from error
 
 
 def load_tokenizer(model_args: "ModelConfig", training_args: "NEFTuneSFTConfig") -> "PreTrainedTokenizerBase":
@@ -303,6 +281,8 @@ def load_splits(
     argument, name = "dataset_name", script_args.dataset_name or ""
     if mixture.datasets:  # as in TRL, takes precedence over `dataset_name`
         argument, name = "datasets", ", ".join(str(part.data_files or part.path) for part in mixture.datasets)
+        for part in mixture.datasets:
+            part.data_files = _literal_paths(part.data_files)
         with dataset_errors(argument, name):
             splits = get_dataset(mixture)
     else:
@@ -318,9 +298,20 @@ def load_splits(
     ready, field = [], training_args.dataset_text_field
     training_args.dataset_text_field = "text"
     for split in wanted:
-        called, data = f"{name} ({split})", splits[split]
+        split_name, data = f"{name} ({split})", splits[split]
         if field != "text" and field in get_dataset_column_names(data):  # the user named a column
             data = data.select_columns([field]).rename_column(field, "text")
-        pairs = to_prompt_completion(data, called, bool(tokenizer.chat_template))
-        ready.append(keep_usable(pairs, called, tokenizer, limit))
+        pairs = to_prompt_completion(data, split_name, bool(tokenizer.chat_template))
+        ready.append(keep_usable(pairs, split_name, tokenizer, limit))
     return ready
+
+
+def _literal_paths(data_files: Any) -> Any:
+    """`literal_path` of each name in a data set's `data_files`: a name, a list, or either for each split."""
+    from .data import literal_path
+
+    if isinstance(data_files, dict):
+        return {split: _literal_paths(names) for split, names in data_files.items()}
+    if isinstance(data_files, list):
+        return [literal_path(name) for name in data_files]
+    return data_files and literal_path(data_files)

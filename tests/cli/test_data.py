@@ -19,6 +19,25 @@ CONVERSATION = [
     {"from": "system", "value": "Be brief."}, {"from": "human", "value": "One?"}, {"from": "gpt", "value": "1."},
     {"from": "human", "value": "Two?"}, {"from": "gpt", "value": "2."},
 ]  # fmt: skip
+# Written out, because models are trained with exactly these words: PROMPT_DICT in train.py of tatsu-lab/stanford_alpaca
+# at 761dc5b, which is that in experiment_code/dataset.py of neelsjain/NEFTune at 09d4909.
+WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Add.
+
+### Input:
+1 and 2
+
+### Response:"""
+WITHOUT_INPUT = """Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+Add.
+
+### Response:"""
 MESSAGES = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]
 
 
@@ -57,11 +76,34 @@ def test_a_folder_laid_out_as_on_the_hub(tmp_path):
     assert {split: len(data) for split, data in load_instructions(str(tmp_path)).items()} == {"train": 2}
 
 
-def test_two_files_of_one_split_are_refused(tmp_path):
-    write(tmp_path / "train.json", [RECORD])
-    write(tmp_path / "train.jsonl", [RECORD] * 2)
-    with pytest.raises(DatasetError, match=r"`dataset_name`: train\.json and train\.jsonl in .* both the split train"):
-        load_instructions(str(tmp_path))
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "name", ["data[1].jsonl", "data*.jsonl", "data?.json", "set[1]/data.jsonl", "[!a]/*[0-9].jsonl"]
+)
+def test_a_file_that_exists_is_read_and_no_other(name, streaming, tmp_path, monkeypatch):
+    """datasets reads names as glob patterns; each name here also matches one of the other files as a pattern."""
+    monkeypatch.chdir(tmp_path)
+    for other in ("data1.jsonl", "data12.jsonl", "data1.json", "set1/data.jsonl", "b/x1.jsonl", name):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        write(tmp_path / other, [{"text": other}])
+    for argument in (name, str(tmp_path / name)):
+        data = load_instructions(argument, streaming=streaming)
+        assert [(split, list(rows)) for split, rows in data.items()] == [("train", [{"text": name}])]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("name", ["set[1]", "set*", "set?"])
+def test_a_folder_that_exists_is_read_and_no_other(name, relative, kind, tmp_path, monkeypatch):
+    for folder in ("set1", name):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        for split in ("train", "test"):
+            data = Dataset.from_list([{"text": f"{folder} {split}"}])
+            file = str(tmp_path / folder / "data" / f"{split}.{kind}")
+            _ = data.to_parquet(file) if kind == "parquet" else data.to_json(file)
+    monkeypatch.chdir(tmp_path / name)
+    data = load_instructions("data" if relative else str(tmp_path / name))
+    assert {split: rows["text"][:] for split, rows in data.items()} == {k: [f"{name} {k}"] for k in ("train", "test")}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -91,7 +133,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, content, message, strea
 
 
 def test_a_folder_without_data_and_a_name_that_the_hub_does_not_know(tmp_path):
-    with pytest.raises(DatasetError, match=r"has no \.json"):
+    with pytest.raises(DatasetError, match=r"cannot be read: .*contain any data files"):
         load_instructions(str(tmp_path))
     with pytest.raises(DatasetError, match="`dataset_name`: nobody/nothing cannot be read"):
         load_instructions("nobody/nothing")
@@ -131,8 +173,8 @@ def test_columns_become_prompt_and_completion():
     assert chat.column_names == plain.column_names == ["prompt", "completion"]
     assert chat[0]["prompt"] == [{"role": "user", "content": "Add.\n\n1 and 2"}]
     assert chat[0]["completion"] == [{"role": "assistant", "content": "3"}]
-    assert plain[1]["prompt"] == "### Instruction:\nAdd.\n\n### Response:\n"
-    assert plain[1]["completion"] == "3"
+    assert plain["prompt"][:] == [WITH_INPUT, WITHOUT_INPUT]
+    assert plain["completion"][:] == ["3", "3"]
 
 
 def test_a_system_column_is_the_system_message():
@@ -141,7 +183,7 @@ def test_a_system_column_is_the_system_message():
         first, second = to_prompt_completion(data, "set", True)
         assert first["prompt"][0] == {"role": "system", "content": "Be brief."}
         assert [message["role"] for message in second["prompt"]] == ["user"]
-        assert to_prompt_completion(data, "set", False)[0]["prompt"].startswith("Be brief.\n\n### Instruction:\nAdd.")
+        assert to_prompt_completion(data, "set", False)["prompt"][:] == [f"Be brief.\n\n{WITH_INPUT}", WITH_INPUT]
     turns = Dataset.from_list([{"system": "Be brief.", "conversations": CONVERSATION[first:]} for first in (0, 1)])
     for record in to_prompt_completion(turns, "set", True):
         assert [m["content"] for m in record["prompt"] if m["role"] == "system"] == ["Be brief."]
@@ -202,7 +244,8 @@ def test_each_assistant_turn_is_a_record(column, keys):
     assert second["completion"] == [{"role": "assistant", "content": "2."}]
     _, plain = to_prompt_completion(data, "set", has_chat_template=False)
     assert plain["completion"] == "2."
-    assert plain["prompt"].endswith("1.\n\n### Instruction:\nTwo?\n\n### Response:\n")
+    first_turn = "Be brief.\n\n" + WITHOUT_INPUT.replace("Add.", "One?")
+    assert plain["prompt"] == first_turn + "1.\n\n### Instruction:\nTwo?\n\n### Response:"
 
 
 def test_a_mixture_keeps_the_records_of_each_of_its_sets():
@@ -224,7 +267,7 @@ def test_numbers_are_text(tmp_path):
     data = load_instructions(write(tmp_path / "set.json", rows))["train"]
     made = to_prompt_completion(data, "set", has_chat_template=False)
     assert made["completion"][:] == ["3", "5"]
-    assert made[1]["prompt"] == "### Instruction:\n4\n\n### Response:\n"
+    assert made[1]["prompt"] == WITHOUT_INPUT.replace("Add.", "4")
 
 
 NULLS = {
@@ -256,7 +299,7 @@ def test_nulls_are_dropped_and_counted(tmp_path, form, chat, streaming, caplog):
     data = load_instructions(file, streaming=streaming)["train"]
     made = to_prompt_completion(data, "set", has_chat_template=chat)
     with caplog.at_level(logging.WARNING, logger="neftune_hf"):
-        kept = list(keep_usable(made, "set", byte_tokenizer(chat=chat), max_length=128))
+        kept = list(keep_usable(made, "set", byte_tokenizer(chat=chat), max_length=512))
     assert len(kept) == (2 if form == "conversations" else 1)
     assert "None" not in str(kept)
     dropped = len(NULLS[form])
@@ -271,13 +314,13 @@ def test_what_cannot_be_learnt_is_counted_and_dropped(chat, streaming, caplog):
         *PAIRS,
         {"instruction": "No completion", "output": " "},
         {"instruction": "", "output": "No prompt."},
-        {"instruction": "x" * 300, "output": "No room."},
-        {"instruction": "Long", "output": "y" * 300},
+        {"instruction": "x" * 600, "output": "No room."},
+        {"instruction": "Long", "output": "y" * 600},
     ]
     tokenizer = byte_tokenizer(chat=chat)
     pairs = to_prompt_completion(stream(Dataset.from_list(rows), streaming), "set", has_chat_template=chat)
     with caplog.at_level(logging.WARNING, logger="neftune_hf"):
-        kept = list(keep_usable(pairs, "set", tokenizer, max_length=128))
+        kept = list(keep_usable(pairs, "set", tokenizer, max_length=512))
     assert len(kept) == 4
     for count, part in (("2", "no prompt"), ("1", "a prompt of `max_length` tokens or more"), ("1", "truncated")):
         line = next(line for line in said(caplog).splitlines() if part in line)

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from alpaca_eval.utils import load_or_convert_to_dataframe
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from neftune_hf import cli
-from neftune_hf.cli.generate import complete, load
+from neftune_hf.cli.data import to_prompt_completion
+from neftune_hf.cli.generate import complete, format_prompt, load, turns_of
 
 from ..conftest import VOCAB, byte_tokenizer, tiny_llama
 from ..records import write
@@ -40,6 +42,32 @@ def test_a_batch_is_completed_as_each_prompt_alone(chat):
     prompts = [[{"role": "user", "content": row["instruction"]}] if chat else row["instruction"] for row in PROMPTS]
     batched = complete(model, tokenizer, prompts, max_new_tokens=6)
     assert batched == [complete(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+
+
+def test_the_file_of_prompts_is_no_pattern(tmp_path, model_folder):
+    write(tmp_path / "data1.jsonl", PROMPTS)
+    prompts = write(tmp_path / "data[1].jsonl", PROMPTS[:1])
+    assert run(model_folder, prompts, tmp_path / "out.json") == 0
+    assert [row["instruction"] for row in json.loads((tmp_path / "out.json").read_text())] == ["Say one."]
+
+
+@pytest.mark.parametrize("row", [
+    {"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Add.", "input": ""}, {"instruction": "Add."},
+])  # fmt: skip
+def test_the_prompt_is_that_of_training(row):
+    """Without a chat template it is Stanford Alpaca's, whose wording tests/cli/test_data.py checks."""
+    for tokenizer in (byte_tokenizer(chat=True), byte_tokenizer(chat=False)):
+        data = Dataset.from_list([row | {"output": "3"}])
+        (trained,) = to_prompt_completion(data, "set", bool(tokenizer.chat_template))
+        assert format_prompt(turns_of(row), [], tokenizer) == trained["prompt"]
+
+
+def test_the_prompt_of_later_turns_is_that_of_training():
+    tokenizer = byte_tokenizer(chat=False)
+    roles, texts = ["user", "assistant"] * 2, ["One?", "1.", "Two?", "2."]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    *_, trained = to_prompt_completion(Dataset.from_list([{"messages": messages}]), "set", False)
+    assert format_prompt(turns_of({"turns": ["One?", "Two?"]}), ["1."], tokenizer) == trained["prompt"]
 
 
 class EndsAtOnce(torch.nn.Module):
@@ -204,10 +232,18 @@ def test_a_prompt_that_says_nothing_is_named(row, message, tmp_path, model_folde
     ("absent.json", "a.json", [], "`--prompts`: there is no file absent.json"),
     ("prompts.jsonl", "a.txt", [], "`--output` is a.txt; name it .json"),
     ("prompts.jsonl", "a.json", ["--batch_size", "0"], "`--batch_size` is 0"),
+    ("prompts.jsonl", "prompts.jsonl/a.json", [], "FileExistsError: [Errno 17] File exists: 'prompts.jsonl'"),
+    ("prompts.jsonl", "prompts.jsonl/b/a.jsonl", [], "NotADirectoryError: [Errno 20] Not a directory"),
+    ("prompts.jsonl", "folder.json", [], "[Errno 21] Is a directory: 'folder.json'"),
+    ("prompts.jsonl", "folder.jsonl", [], "[Errno 21] Is a directory: 'folder.jsonl'"),
+    ("folder.jsonl", "a.json", [], "`--prompts`: there is no file folder.jsonl"),
 ])  # fmt: skip
 def test_arguments_are_blamed_by_name(prompts, output, more, message, tmp_path, model_folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "prompts.jsonl", PROMPTS)
+    for folder in ("folder.json", "folder.jsonl"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr("neftune_hf.cli.generate.load", None)  # refused before minutes are lost
     assert run(model_folder, prompts, output, *more) == 2
     said = last_line(capsys)
     assert message in said

@@ -2,99 +2,127 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 from neftune_hf import cli
-from neftune_hf.cli.inspect import _nearest_changes, inspect_model
+from neftune_hf.cli.inspect import rounding_rms
 from neftune_hf.noise import noise_rms
 
-from ..conftest import D, leftovers, tiny_llama
+from ..conftest import D, tiny_llama
 from ..model_types import build
 from ..records import write
 from ..shrunken import shrunken_config
 
 
-def test_a_plain_model():
-    model = tiny_llama(tie_word_embeddings=True)
-    (report,) = inspect_model(model, length=75)
-    weight = model.get_input_embeddings().weight
-    assert report["path"] == "model.embed_tokens"
-    assert report["tied_to"] == ["lm_head.weight"]
-    assert report["norm"] == {
-        "path": "model.layers.0.input_layernorm",
-        "class": "LlamaRMSNorm",
-        "multiplier": pytest.approx(1.0),
-        "added": pytest.approx(0.0, abs=1e-6),
-    }
-    assert report["embedding_rms"] == pytest.approx(weight.square().mean().sqrt().item())
-    for alpha, values in report["alphas"].items():
-        assert values["noise_rms"] == pytest.approx(alpha / math.sqrt(3 * 75 * D))
-        assert values["snr_db"] == pytest.approx(20 * math.log10(report["embedding_rms"] / values["noise_rms"]))
-    assert leftovers(model) == []
-    assert model.training == tiny_llama().training
+def inspect(capsys, *words: str) -> list[dict]:
+    assert cli.main(["inspect", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("model_type", "settings", "multiplier"), [
-    ("granite", {"embedding_multiplier": 12.0}, 12.0),
-    ("gemma3_text", {}, 1.0),
-])  # fmt: skip
-def test_multipliers_inside_and_after_the_module(model_type, settings, multiplier):
-    """Gemma 3 scales by sqrt(d) inside the embedding module, so its output is larger; Granite scales after it."""
-    model = transformers.AutoModelForCausalLM.from_config(shrunken_config(model_type, **settings))
-    (report,) = inspect_model(model, length=512)
-    inside = math.sqrt(32) if model_type == "gemma3_text" else 1.0
-    weight = model.get_input_embeddings().weight
-    assert report["norm"]["multiplier"] == pytest.approx(multiplier, rel=1e-4)
-    assert report["embedding_rms"] == pytest.approx(inside * weight.square().mean().sqrt().item(), rel=0.01)
+def saved(folder: Path, model) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
 
 
-def test_positions_count_as_added():
-    (report,) = inspect_model(build("causal LM", "gpt2"), length=512)
-    assert report["norm"]["class"] == "LayerNorm"
-    assert report["norm"]["added"] == pytest.approx(1.0, rel=0.5)  # both tables are initialised alike
-
-
-def test_both_sides_of_an_encoder_decoder():
-    encoder, decoder = inspect_model(build("sequence-to-sequence LM", "t5"), length=512)
-    assert encoder["norm"]["path"].startswith("encoder.block.0")
-    assert decoder["norm"]["path"].startswith("decoder.block.0")
-
-
-def test_how_many_tokens_come_nearer_to_another():
+def test_a_plain_model(tmp_path, capsys):
     model = tiny_llama()
-    with torch.no_grad():
-        model.get_input_embeddings().weight.normal_()
-    assert inspect_model(model, length=1e6)[0]["alphas"][5.0]["nearest_changes"] == 0.0
-    assert inspect_model(model, length=1e-3)[0]["alphas"][15.0]["nearest_changes"] > 0.9
+    (report,) = inspect(capsys, saved(tmp_path, model), "--length", "75")
+    weight = model.get_input_embeddings().weight
+    assert (report["path"], report["class"], report["embedding_dim"]) == ("model.embed_tokens", "Embedding", D)
+    assert report["embedding_rms"] == pytest.approx(weight.square().mean().sqrt().item())
+    assert list(report["alphas"]) == ["5.0", "10.0", "15.0"]
+    for alpha, values in report["alphas"].items():
+        assert values["noise_rms"] == pytest.approx(float(alpha) / math.sqrt(3 * 75 * D))
+        assert values["snr_db"] == pytest.approx(20 * math.log10(report["embedding_rms"] / values["noise_rms"]))
+
+
+@pytest.mark.parametrize(("model_type", "factor"), [("granite", 1.0), ("gemma3_text", math.sqrt(32))])
+def test_multipliers_inside_and_after_the_module(model_type, factor, tmp_path, capsys):
+    """Gemma 3 scales by sqrt(d) inside the embedding module, before the noise; Granite scales the sum of both."""
+    settings = {"embedding_multiplier": 12.0} if model_type == "granite" else {}
+    model = transformers.AutoModelForCausalLM.from_config(shrunken_config(model_type, **settings))
+    (report,) = inspect(capsys, saved(tmp_path, model))
+    weight = model.get_input_embeddings().weight
+    assert report["embedding_rms"] == pytest.approx(factor * weight.square().mean().sqrt().item(), rel=0.01)
+
+
+def test_both_sides_of_an_encoder_decoder(tmp_path, capsys):
+    reports = inspect(capsys, saved(tmp_path, build("sequence-to-sequence LM", "t5")))
+    assert [report["path"] for report in reports] == ["encoder.embed_tokens", "decoder.embed_tokens"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, 1.4, 1.9])
+def test_the_rms_of_rounding(scale, dtype):
+    numbers = scale * torch.randn(1_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    error = (numbers.to(dtype).double() - numbers).square().mean().sqrt().item()
+    assert rounding_rms(numbers.square().mean().sqrt().item(), dtype) == pytest.approx(error, rel=0.01)
+
+
+def test_noise_within_half_a_unit_in_the_last_place_is_lost():
+    """Uniform noise with that RMS changes no number of magnitude 1.5, and twice as much noise does."""
+    numbers, unit = torch.full((1000,), 1.5, dtype=torch.bfloat16), torch.linspace(-1, 1, 1000) * math.sqrt(3)
+    rms = rounding_rms(1.5, torch.bfloat16)
+    assert torch.equal((numbers.float() + 0.9 * rms * unit).bfloat16(), numbers)
+    assert not torch.equal((numbers.float() + 2 * rms * unit).bfloat16(), numbers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "limit"),
+    [
+        ("bf16: true", "bfloat16", 55.6),
+        ("fp16: true", "float16", 73.7),
+        ("", "bfloat16", 55.6),
+        ("bf16: false", "float32", 151.9),
+        ("bf16: false\ndtype: bfloat16", "bfloat16", 55.6),
+        ("bf16: false\ndtype: auto", "float32", 151.9),
+    ],
+)
+@pytest.mark.parametrize("offset", [-0.1, 0.1])
+def test_noise_below_the_rounding_is_marked(offset, settings, dtype, limit, tmp_path, capsys):
+    model = tiny_llama()
+    rms = model.get_input_embeddings().weight.square().mean().sqrt().item()
+    alpha = rms * 10 ** (-(limit + offset) / 20) * math.sqrt(3 * 512 * D)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model_name_or_path: {saved(tmp_path, model)}\nneftune_noise_alpha: {alpha}\n{settings}\n")
+    (report,) = inspect(capsys, str(file))
+    ((_, values),) = report["alphas"].items()
+    assert report["dtype"] == dtype
+    assert values["lost_in_rounding"] == (offset > 0)
+    assert cli.main(["inspect", str(file)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert (f"dB: lost in {dtype}'s rounding; the paper used 5, 10 and 15" in line) == (offset > 0)
+
+
+def test_a_models_own_dtype_rounds(tmp_path, capsys):
+    (report,) = inspect(capsys, saved(tmp_path, tiny_llama().to(torch.bfloat16)), "--length", "1e9")
+    assert report["dtype"] == "bfloat16"
+    lost = {alpha: values["lost_in_rounding"] for alpha, values in report["alphas"].items()}
+    assert lost == {"5.0": True, "10.0": True, "15.0": False}  # 62, 56 and 52 dB
 
 
 def test_the_command(model_folder, tmp_path, capsys):
     assert cli.main(["inspect", model_folder, "--length", "100"]) == 0
     said = capsys.readouterr().out
     assert "model.embed_tokens (Embedding, d=32)" in said
-    assert "model.layers.0.input_layernorm (LlamaRMSNorm); its input is 1 times the embedding" in said
+    assert "rounding" not in said
     assert cli.main(["inspect", model_folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["alphas"]["5.0"]["snr_db"] == pytest.approx(-1.0, abs=0.3)
 
 
-def test_a_yaml_file_gives_its_alpha_and_noise_type(model_folder, tmp_path, capsys):
+def test_a_yaml_file_gives_its_alpha(model_folder, tmp_path, capsys):
     file = tmp_path / "run.yaml"
-    file.write_text(f"model_name_or_path: {model_folder}\nneftune_noise_alpha: 7\nneftune_noise_type: gaussian\n")
+    file.write_text(f"model_name_or_path: {model_folder}\nneftune_noise_alpha: 7\n")
     assert cli.main(["inspect", str(file), "--json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)
     assert list(report["alphas"]) == ["7.0"]
-    assert report["noise_type"] == "gaussian"
     assert report["alphas"]["7.0"]["noise_rms"] == pytest.approx(noise_rms(7, 512, D))
     assert cli.main(["inspect", str(file)]) == 0
-    said = capsys.readouterr().out
-    assert "alpha 7         gaussian noise, RMS" in said
-    assert "symmetric" not in said
-    file.write_text(file.read_text() + "neftune_symmetric: true\n")
-    assert cli.main(["inspect", str(file)]) == 0
-    assert "symmetric pairs e + s and e - s, two passes per step\n  alpha 7" in capsys.readouterr().out
+    assert "alpha 7         noise RMS" in capsys.readouterr().out
 
 
 def test_the_length_is_that_of_the_data(model_folder, tmp_path, capsys):
@@ -112,14 +140,6 @@ def test_the_length_is_that_of_the_data(model_folder, tmp_path, capsys):
     assert "there is no file absent.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("noise_type", ["uniform", "gaussian", "bernoulli"])
-def test_neighbours_change_with_noise_of_each_type(noise_type):
-    embeddings = torch.eye(64)  # all at a distance of sqrt(2)
-    changes = [_nearest_changes(embeddings, rms, noise_type) for rms in (0.01, 1.0)]
-    assert changes[0] == 0
-    assert changes[1] > 0.3
-
-
 def test_a_config_without_weights(tmp_path, capsys):
     tiny_llama().config.save_pretrained(tmp_path)
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: {tmp_path}\n")
@@ -131,7 +151,7 @@ def test_a_config_without_weights(tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["nothing/here"], "`model` is nothing/here, but no model config was found there"),
-    (["x", "--length", "0"], "`--length` is 0"),
+    *((["x", f"--length={length}"], f"`--length` is {length}") for length in ("0", "-1", "nan", "inf", "1e+308")),
     (["absent.yaml"], "`model`: absent.yaml cannot be read"),
 ])  # fmt: skip
 def test_what_cannot_be_inspected(arguments, message, capsys):
@@ -140,8 +160,20 @@ def test_what_cannot_be_inspected(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(("text", "message"), [
+    ("dataset_train_split: b", "`dataset_train_split` is b, but set.json has the splits train"),
+    ("max_length: text", "`max_length` is 'text'"),
+])  # fmt: skip
+def test_data_that_cannot_be_measured(text, message, model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "set.json", [{"text": "a"}])
+    Path("run.yaml").write_text(f"model_name_or_path: {model_folder}\ndataset_name: set.json\n{text}")
+    assert cli.main(["inspect", "run.yaml"]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("text", "message"), [
     ("a: [", "is not YAML"),
-    ("- a", "has no `model_name_or_path`"),
+    ("- a", "holds a list"),
     ("neftune_noise_alpha: 5", "has no `model_name_or_path`"),
     ("model_name_or_path: x\nneftune_noise_alpha: -5", "`neftune_noise_alpha` must be"),
 ])  # fmt: skip

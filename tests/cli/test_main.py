@@ -18,17 +18,23 @@ def python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def test_help_loads_nothing_heavy():
-    """`--help` is fast, because it imports neither torch nor anything that depends on it."""
+@pytest.mark.parametrize("command", ["", "inspect", "compare", "generate", "run", "env"])
+def test_help_loads_nothing_heavy(command):
+    """`--help` is fast, because it imports neither torch nor anything that depends on it.
+
+    That of `sft` lists the fields of TRL's classes.
+    """
+    arguments = [*filter(None, [command]), "--help"]
     result = python(
         "import sys\nfrom neftune_hf.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        f"try:\n    main({arguments})\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets') if m in sys.modules])"
     )
-    assert "usage: neftune-hf" in result.stdout
-    for command in ("sft", "inspect", "generate", "run", "env"):
-        assert f"\n    {command} " in result.stdout
+    assert f"usage: neftune-hf {command}" in result.stdout
     assert result.stdout.endswith("[]\n")
+    if not command:
+        for name in ("sft", "inspect", "compare", "generate", "run", "env"):
+            assert f"\n    {name} " in result.stdout
 
 
 def test_python_m_is_the_same_command():
@@ -54,7 +60,7 @@ def test_a_missing_extra_is_one_line(command, tmp_path):
     arguments = [command, *(["x", "--prompts", prompts, "-o", "o.json"] if command == "generate" else [])]
     result = python(WITHOUT_EXTRAS + f"from neftune_hf.cli import main\nsys.exit(main({arguments}))")
     assert result.returncode == 2
-    assert f"neftune-hf: `{command}` needs " in result.stderr
+    assert " is not installed: pip install" in result.stderr
     assert 'pip install "neftune_hf[trl]"' in result.stderr
     assert result.stderr.count("\n") == 1
 
@@ -73,3 +79,48 @@ def test_env_names_versions_and_the_device(capsys):
         assert lines[name] == importlib.metadata.version(name)
     assert lines["device"] == "cpu"
     assert len(lines) < 20
+
+
+@pytest.fixture
+def env_runs(monkeypatch):
+    """Lets `neftune-hf env` run lines of code, each in the module named before it, the outermost first."""
+
+    def run(*lines):
+        call = None
+        for module, line in reversed(lines):
+            namespace = {"__name__": module, "call": call}
+            exec(f"def run(*arguments):\n    return {line}", namespace)
+            call = namespace["run"]
+        monkeypatch.setattr("neftune_hf.cli.env.run", call)
+        return main(["env"])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([("neftune_hf.cli.env", "open('absent')")], "FileNotFoundError: [Errno 2] No such file"),
+        ([("neftune_hf.hooks", "call()"), ("torch", "open('absent')")], "FileNotFoundError: [Errno 2] No such file"),
+        ([("neftune_hf.cli.env", "call()"), ("trl", "{}['a']")], "KeyError in trl: 'a'"),
+        ([("neftune_hf.callback", "call()"), ("transformers", "int('a')")], "ValueError in transformers: invalid"),
+    ],
+)
+def test_errors_of_the_system_and_of_other_libraries_are_one_line(lines, message, env_runs, capsys):
+    assert env_runs(*lines) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"neftune-hf: {message}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        ([("neftune_hf.cli.env", "{}['a']")], KeyError),
+        ([("torch", "call()"), ("neftune_hf.hooks", "int('a')")], ValueError),
+        ([("neftune_hf.hooks", "call()"), ("torch", "{}['a']")], KeyError),
+    ],
+)
+def test_a_bug_here_shows_its_traceback(lines, kind, env_runs):
+    with pytest.raises(kind):
+        env_runs(*lines)
