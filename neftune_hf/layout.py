@@ -212,26 +212,26 @@ def arguments_of_call(arguments: Mapping[str, Any], ids: torch.Tensor, site: Emb
     Raises:
         NEFTuneError: `position_ids` are wider than the ids, which are thus a part of every sequence.
     """
-    mask, positions, cu_seqlens = (arguments.get(name) for name in LAYOUT_ARGUMENTS)
-    if isinstance(mask, Mapping):  # one mask per attention type
-        mask = mask.get("full_attention")
-    ids = _as_rows(ids, mask, site)
+    given = {name: arguments.get(name) for name in LAYOUT_ARGUMENTS}
+    if isinstance(mask := given["attention_mask"], Mapping):  # one mask per attention type
+        given["attention_mask"] = mask.get("full_attention", mask)
+    ids = _as_rows(ids, given["attention_mask"], site)
     input_ids = arguments.get("input_ids")
     is_other = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # such as ids that LED pads
-    call = CallArguments(ids, is_time_major=site.is_time_major)
-    if (mask := _fitting_mask(mask, ids, is_other)) is not None:
-        call = replace(call, attention_mask=mask)
-    if (positions := _fitting_positions(positions, ids, is_other, site)) is not None:
-        call = replace(call, position_ids=positions)
-    if _is_tensor(cu_seqlens, 1) and len(cu_seqlens) > 1 and not is_other:
-        call = replace(call, cu_seqlens=cu_seqlens)
-    fits = dict(zip(LAYOUT_ARGUMENTS, (call.attention_mask, call.position_ids, call.cu_seqlens), strict=True))
-    unknown = [name for name, value in fits.items() if value is None and arguments.get(name) is not None]
+    cu_seqlens = given["cu_seq_lens_q"]
+    fitting = (
+        _fitting_mask(given["attention_mask"], ids, is_other),
+        _fitting_positions(given["position_ids"], ids, is_other, site),
+        cu_seqlens if _is_tensor(cu_seqlens, 1) and len(cu_seqlens) > 1 and not is_other else None,
+    )
+    call = CallArguments(ids, *fitting, is_time_major=site.is_time_major)
     if not call.is_known:
         call = _without_mask(call, arguments.get("labels"), is_other, site)
     is_known = call.is_known or call.token_mask is not None
+    pairs = zip(given.items(), fitting, strict=True)
+    unknown = [_described(name, value) for (name, value), fits in pairs if fits is None and value is not None]
     if not is_known or (unknown and not is_other):
-        _warn_of_arguments(", ".join(_described(name, arguments[name]) for name in unknown), is_known)
+        _warn_of_arguments(", ".join(unknown), is_known)
     # Some models replace placeholders by padding before they embed, so look at the original ids.
     original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
     return _without_placeholders(call, original, site)

@@ -279,6 +279,13 @@ def test_m_rope_separates_documents_beside_a_mask_of_ones(form):
     assert found.tolist() == [[11] * 11 if "unpacked" in form else [8] * 8 + [3] * 3]
 
 
+def test_a_mask_for_each_kind_of_attention_that_masks_nothing_is_not_unknown():
+    given = {"attention_mask": {"full_attention": None}, "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lengths_of_call(given, torch.zeros(1, 4, dtype=torch.int64)).tolist() == [[2] * 4]
+
+
 def test_an_argument_of_unknown_form_is_named_even_if_another_is_known():
     given = {"attention_mask": torch.ones(2, 4), "position_ids": torch.zeros(2, 4, 2)}
     with pytest.warns(NEFTuneWarning, match=r"does not know the form of `position_ids` \(3-dimensional\)"):
