@@ -11,7 +11,7 @@ from scipy import stats
 from neftune_hf import add_noise
 from neftune_hf.errors import NEFTuneConfigError
 from neftune_hf.layout import sequence_layout
-from neftune_hf.noise import noise_key, random_words, scheduled_alpha, unit_noise
+from neftune_hf.noise import noise_key, random_words, rounding_snr_db, scheduled_alpha, unit_noise
 
 M32, M64, GOLDEN = 2**32 - 1, 2**64 - 1, 0x9E3779B97F4A7C15
 
@@ -275,3 +275,20 @@ def test_alpha_by_schedule(schedule):
         assert values[25] == pytest.approx(7.5 if schedule == "linear" else 5 + 5 * 0.5**0.5)
         assert values[50] == pytest.approx(5.0)
         assert values[100] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, 1.4, 1.9])
+def test_the_rms_of_rounding(scale, dtype):
+    numbers = scale * torch.randn(1_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    error = (numbers.to(dtype).double() - numbers).square().mean().sqrt().item()
+    rms = numbers.square().mean().sqrt().item()
+    assert rounding_snr_db(dtype) == pytest.approx(20 * math.log10(rms / error), abs=0.1)
+
+
+def test_noise_within_half_a_unit_in_the_last_place_is_lost():
+    """Uniform noise with that RMS changes no number of magnitude 1.5, and twice as much noise does."""
+    numbers, unit = torch.full((1000,), 1.5, dtype=torch.bfloat16), torch.linspace(-1, 1, 1000) * math.sqrt(3)
+    rms = 1.5 * 10 ** (-rounding_snr_db(torch.bfloat16) / 20)
+    assert torch.equal((numbers.float() + 0.9 * rms * unit).bfloat16(), numbers)
+    assert not torch.equal((numbers.float() + 2 * rms * unit).bfloat16(), numbers)

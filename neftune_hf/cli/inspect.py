@@ -52,27 +52,6 @@ def run(argv: Sequence[str]) -> None:
     print(json.dumps(reports, indent=2) if options.json else _as_text(reports))
 
 
-def rounding_rms(rms: float, dtype: "torch.dtype") -> float:
-    """RMS of the error of rounding numbers with this RMS to `dtype`.
-
-    The error is uniform within half a unit in the last place, which is between eps / 2 and eps times the number. Over
-    all numbers, its RMS is eps / sqrt(32 ln 2) of theirs: -55.6 dB in bfloat16, -73.7 dB in float16. Noise of the same
-    RMS is as large: uniform noise below it lies within half a unit in the last place.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from neftune_hf.cli.inspect import rounding_rms
-    >>> round(rounding_rms(1.0, torch.bfloat16), 5)
-    0.00166
-    ```
-    """
-    import torch
-
-    return rms * torch.finfo(dtype).eps / math.sqrt(32 * math.log(2))
-
-
 def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
     """Mean number of tokens in the first records. Noise at this L has the mean power over all tokens of the records.
 
@@ -158,7 +137,7 @@ def _reports(
     from torch import nn
 
     from ..embeddings import find_input_embeddings
-    from ..noise import noise_rms
+    from ..noise import noise_rms, rounding_snr_db
 
     reports = []
     for site in find_input_embeddings(model):
@@ -176,7 +155,7 @@ def _reports(
         for values in noise.values():
             if rms:
                 values["snr_db"] = 20 * math.log10(rms / values["noise_rms"])
-                values["lost_in_rounding"] = values["noise_rms"] < rounding_rms(rms, cast_to)
+                values["lost_in_rounding"] = values["snr_db"] > rounding_snr_db(cast_to)
         reports.append({
             "path": site.path, "class": type(site.module).__name__, "embedding_dim": site.embedding_dim,
             "embedding_rms": rms, "dtype": str(cast_to).removeprefix("torch."), "length": length, "alphas": noise,

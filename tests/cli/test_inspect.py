@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from neftune_hf import cli
-from neftune_hf.cli.inspect import rounding_rms
 from neftune_hf.noise import noise_rms
 
 from ..conftest import D, tiny_llama
@@ -53,22 +52,6 @@ def test_multipliers_inside_and_after_the_module(model_type, factor, tmp_path, c
 def test_both_sides_of_an_encoder_decoder(tmp_path, capsys):
     reports = inspect(capsys, saved(tmp_path, build("sequence-to-sequence LM", "t5")))
     assert [report["path"] for report in reports] == ["encoder.embed_tokens", "decoder.embed_tokens"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("scale", [1.0, 1.4, 1.9])
-def test_the_rms_of_rounding(scale, dtype):
-    numbers = scale * torch.randn(1_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    error = (numbers.to(dtype).double() - numbers).square().mean().sqrt().item()
-    assert rounding_rms(numbers.square().mean().sqrt().item(), dtype) == pytest.approx(error, rel=0.01)
-
-
-def test_noise_within_half_a_unit_in_the_last_place_is_lost():
-    """Uniform noise with that RMS changes no number of magnitude 1.5, and twice as much noise does."""
-    numbers, unit = torch.full((1000,), 1.5, dtype=torch.bfloat16), torch.linspace(-1, 1, 1000) * math.sqrt(3)
-    rms = rounding_rms(1.5, torch.bfloat16)
-    assert torch.equal((numbers.float() + 0.9 * rms * unit).bfloat16(), numbers)
-    assert not torch.equal((numbers.float() + 2 * rms * unit).bfloat16(), numbers)
 
 
 @pytest.mark.parametrize(
