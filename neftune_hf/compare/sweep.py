@@ -1,0 +1,116 @@
+"""The runs of a comparison. Each run's measurements are a file, so that a sweep resumes after the last finished run."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..errors import DatasetError, NEFTuneConfigError
+from .measure import Workload, train_and_measure
+from .runs import Run, file_name
+
+_KEYS = {
+    "arguments", "setting", "seed", "steps", "epochs", "train_records", "mean_length", "snr_db", "curve", "losses",
+    "prompts", "completions",
+}  # fmt: skip
+
+# Trains and measures runs, given by their indices, and yields each one's index and measurements. Reports a run's index
+# and the share of it that is done.
+Execute = Callable[[dict[int, Run], Callable[[int, float], Any]], Iterator[tuple[int, dict[str, Any]]]]
+
+
+class Sweep:
+    """The runs of a comparison, and the files with what was measured.
+
+    Args:
+        folder (`Path`): The runs' files are in its subfolder `runs`.
+        runs (`list[Run]`): Every setting with every seed.
+        arguments (`list[dict[str, str]]`): The arguments that each run's result depends on. They are saved with it, to
+            detect results of other arguments.
+    """
+
+    def __init__(self, folder: Path, runs: list[Run], arguments: list[dict[str, str]]):
+        self.folder, self.runs, self.arguments = folder, runs, arguments
+        try:
+            (folder / "runs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NEFTuneConfigError(f"`output_dir` {folder} cannot be a folder: {error.strerror}.") from error
+
+    def run(self, execute: Execute) -> list[dict[str, Any]]:
+        """Train and measure the runs that are not finished; returns the measurements of all, on the main process."""
+        state = PartialState()
+        (unfinished,) = broadcast_object_list([{i: run for i, run in enumerate(self.runs) if not self.is_finished(i)}])
+        shares = dict.fromkeys(unfinished, 0.0)
+        running: dict[int, str] = {}
+        shown = "{desc} {percentage:3.0f} % |{bar}| {elapsed}, {remaining} left"
+        with (
+            logging_redirect_tqdm(),
+            tqdm(total=len(shares), smoothing=0, bar_format=shown, disable=not state.is_main_process) as bar,
+        ):
+
+            def report(i: int, share: float) -> None:
+                shares[i], running[i] = share, self.runs[i].name
+                finished = len(self.runs) - sum(share < 1 for share in shares.values())
+                bar.set_description_str(f"{finished} of {len(self.runs)} done, now {_some(list(running.values()))}")
+                bar.update(sum(shares.values()) - bar.n)
+
+            for i, result in execute(unfinished, report):
+                if state.is_main_process:
+                    self._save(i, result)
+                report(i, 1.0)
+                del running[i]
+                state.wait_for_everyone()
+        return [self._read(i) for i in range(len(self.runs))] if state.is_main_process else []
+
+    def is_finished(self, i: int) -> bool:
+        file = self.file(i)
+        if not file.exists():
+            return False
+        then, now = self._read(i)["arguments"], self.arguments[i]
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                raise NEFTuneConfigError(
+                    f"`output_dir` {self.folder} has a run of {self.runs[i].name} with `{name}` {then.get(name)}, but "
+                    f"it is {now.get(name)} now. Use another folder, or remove {file}."
+                )
+        return True
+
+    def file(self, i: int) -> Path:
+        return self.folder / "runs" / f"{file_name(self.runs[i].name)}.json"
+
+    def _save(self, i: int, result: dict[str, Any]) -> None:
+        part = self.file(i).with_suffix(".part")  # an interrupted write leaves no result file
+        part.write_text(json.dumps(result | {"arguments": self.arguments[i]}), encoding="utf-8")
+        part.replace(self.file(i))
+
+    def _read(self, i: int) -> dict[str, Any]:
+        file = self.file(i)
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            result = None
+        if not isinstance(result, dict) or result.keys() != _KEYS:
+            raise DatasetError(f"{file} is damaged, or of another version. Remove it, and the run is repeated.")
+        return result
+
+
+def one_by_one(load: Callable[[], Workload]) -> Execute:
+    """Trains the runs in this process, or in all processes of an accelerate launch."""
+
+    def execute(runs: dict[int, Run], report: Callable[[int, float], Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+        workload = load()
+        for i, run in runs.items():
+            yield i, train_and_measure(workload, run, partial(report, i))
+
+    return execute
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    more = [f"{len(names) - count} more"] if len(names) > count else []
+    return "; ".join([*names[:count], *more])
