@@ -4,9 +4,13 @@ import argparse
 import dataclasses
 import itertools
 import logging
+import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from ..compare.runs import Run, setting_name
 from ..errors import DatasetError, NEFTuneConfigError
@@ -27,13 +31,15 @@ from .training import (
 
 if TYPE_CHECKING:
     from ..compare.measure import Workload
+    from ..compare.sweep import Execute
 
 # A sweep has its own progress bar and evaluation, and saves measurements instead of models.
 _OVERRIDES = {
     "eval_strategy": "no", "eval_on_start": "false", "save_strategy": "no", "load_best_model_at_end": "false",
     "push_to_hub": "false", "disable_tqdm": "true", "eval_packing": "false",
 }  # fmt: skip
-# Arguments that a run's result does not depend on.
+# The options of `compare` that a run's result depends on, and the arguments of `sft` that it does not depend on.
+_WITH_EFFECT = ("records", "max_new_tokens", "prompts", "tasks", "limit")
 _WITHOUT_EFFECT = ("output_dir", "logging_dir", "run_name", "hub_token", "report_to", "model_init_kwargs")
 
 
@@ -45,24 +51,38 @@ def run(argv: Sequence[str]) -> None:
     report.html, report.md and results.json in `output_dir`. When called again, it resumes after the last finished run.
     """
     options, sft_argv = _parser().parse_known_args(argv)
-    settings = _settings(options)
+    runs = [Run(setting, seed) for setting in _settings(options) for seed in options.seeds]
     sft_argv = recipes.with_files(sft_argv)
-    config = read_config(sft_argv)
+    # On Ray, whether there is a GPU with bfloat16 is a question to the machines of the runs.
+    config = read_config([*sft_argv, "--bf16", "false"] if options.ray else sft_argv)
     quiet_third_party_warnings()
-    *_, launch = parse_arguments(sft_argv, config)
-    from ..compare.report import write_report
-    from ..compare.sweep import Sweep, one_by_one
-
-    runs = [Run(setting, seed) for setting in settings for seed in options.seeds]
+    if "--config" in sft_argv:
+        position = sft_argv.index("--config")
+        del sft_argv[position : position + 2]
     job = Job(options, sft_argv, config)
-    arguments = job.check(runs)
-    if maybe_launch("compare", launch, argv):
-        return
-    folder = Path(job.parse()[1].output_dir)
-    results = Sweep(folder, runs, arguments).run(one_by_one(job.load))
-    if results:
-        print(write_report(folder, results))
-    shut_down_distributed()
+    if options.ray:
+        from ..compare.cluster import call_on_ray, on_ray, ray_tasks
+
+        with ray_tasks(options.cpus_per_run, options.gpus_per_run) as task:
+            _compare(runs, call_on_ray(task, job.check, runs), on_ray(task, job.load))
+    else:
+        checked = job.check(runs)
+        if maybe_launch("compare", job.launch(), argv):
+            return
+        from ..compare.sweep import one_by_one
+
+        _compare(runs, checked, one_by_one(job.load))
+        shut_down_distributed()
+
+
+def _compare(runs: list[Run], checked: tuple[str, list[dict[str, str]]], execute: "Execute") -> None:
+    from ..compare.report import write_report
+    from ..compare.sweep import Sweep
+
+    output_dir, arguments = checked
+    sweep = Sweep(Path(output_dir), runs, arguments)
+    if results := sweep.run(execute):
+        print(write_report(sweep.folder, results, sweep.plan()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,16 +105,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=int, default=256, metavar="N", help=text)
     text = "more instructions to complete, in the format of `neftune-hf generate`"
     add("--prompts", metavar="FILE", help=text)
+    text = "tasks of lm-evaluation-harness, names or YAML files, on which each trained model is evaluated"
+    add("--tasks", metavar="TASK,...", help=text)
+    add("--limit", type=int, metavar="N", help="evaluate on the first N documents of each task")
+    add("--ray", action="store_true", help="train the runs as Ray tasks, here or on the cluster in RAY_ADDRESS")
+    add("--cpus_per_run", type=float, default=1, metavar="N", help="CPUs of a Ray task (default: %(default)s)")
+    text = "GPU of a Ray task, at most 1; 0.5 trains two runs on one (default: 1 if there is a GPU)"
+    add("--gpus_per_run", type=float, metavar="N", help=text)
     return parser
 
 
 def _settings(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All combinations of the given values; the first is the baseline."""
-    import yaml
-
-    for name, least in {"records": 2, "max_new_tokens": 0}.items():
-        if (value := getattr(options, name)) < least:
+    for name, least in {"records": 2, "max_new_tokens": 0, "limit": 2}.items():
+        if (value := getattr(options, name)) is not None and value < least:
             raise NEFTuneConfigError(f"`--{name}` is {value}; it must be at least {least}.")
+    if options.cpus_per_run <= 0 or not 0 <= (options.gpus_per_run or 0) <= 1:
+        raise NEFTuneConfigError(
+            "`--cpus_per_run` must be positive and `--gpus_per_run` from 0 to 1: a run on Ray is one process. For a "
+            "model that needs several GPUs, use `--accelerate_config` without `--ray`."
+        )
     if wrong := [seed for seed in options.seeds if not 0 <= seed < 2**32]:
         raise NEFTuneConfigError(f"`--seeds` has {wrong[0]}; a seed must be at least 0 and less than 2**32.")
     axes: dict[str, list[Any]] = {}
@@ -128,21 +158,36 @@ class Job:
     sft_argv: list[str]
     config: dict[str, Any]
 
-    def check(self, runs: list[Run]) -> list[dict[str, str]]:
+    def check(self, runs: list[Run]) -> tuple[str, list[dict[str, str]]]:
         """Refuse what is bound to fail in any run.
 
         Returns:
-            `list[dict[str, str]]`: Of each run, the arguments that its result depends on.
+            `tuple[str, list[dict[str, str]]]`: `output_dir`, and the arguments that each run's result depends on.
         """
-        script_args, _, _, mixture = parsed = self.parse()
+        script_args, training_args, _, mixture = parsed = self.parse()
         check_arguments(*parsed)
         if script_args.dataset_streaming or mixture.streaming:
             raise NEFTuneConfigError("`compare` reads the records more than once, so they cannot be streamed.")
-        return [self._arguments(run) for run in runs]
+        launch = self.launch()
+        if self.options.ray and (launch.accelerate_config or launch.num_processes):
+            raise NEFTuneConfigError(
+                "`--ray` trains each run in one process. Omit `accelerate_config` and `num_processes`."
+            )
+        return training_args.output_dir, [self._arguments(run) for run in runs]
+
+    def launch(self) -> argparse.Namespace:
+        """How to launch with accelerate."""
+        return self._parsed(())[-1]
 
     def parse(self, run: Run | None = None) -> tuple:
         """The arguments of `neftune-hf sft`, for a run or as they were given."""
-        return tuple(parse_arguments([*self.sft_argv, *(_argv(run) if run else ())], self.config)[:-1])
+        return self._parsed(_argv(run) if run else ())[:-1]
+
+    def _parsed(self, more: Sequence[str]) -> tuple:
+        with tempfile.TemporaryDirectory() as folder:  # `--config` may name a file of another machine
+            file = Path(folder) / "config.yaml"
+            file.write_text(yaml.safe_dump(self.config), encoding="utf-8")
+            return tuple(parse_arguments([*self.sft_argv, "--config", str(file), *more], self.config))
 
     def load(self) -> "Workload":
         """Load the training set, the records to measure on, and the prompts to complete."""
@@ -151,6 +196,9 @@ class Job:
         from accelerate import PartialState
 
         from ..compare.measure import Workload
+
+        # TRL's way to turn gradient checkpointing off for generation
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_", FutureWarning)
 
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -166,6 +214,8 @@ class Job:
         def trainer_of(run: Run) -> Any:
             _, args, model_args, _ = self.parse(run)
             args.dataset_text_field = text_field
+            if self.options.ray:
+                args.output_dir = tempfile.mkdtemp()  # nothing is saved there, and this machine may not have the folder
             transformers.set_seed(run.seed)  # for the initial adapter, which TRL seeds itself only from 1.16 on
             return make_trainer(args, model_args, tokenizer, train, records)
 
@@ -178,7 +228,8 @@ class Job:
                 for text, ids in zip(texts, rows, strict=True)
             ]
 
-        return Workload(len(train), self._prompts(records, tokenizer), trainer_of, complete, mean_snr_db)
+        evaluate = self._tasks(tokenizer, training_args.per_device_eval_batch_size)
+        return Workload(len(train), self._prompts(records, tokenizer), trainer_of, complete, evaluate, mean_snr_db)
 
     def _records(self, tokenizer: Any) -> tuple[Any, dict[str, Any], str]:
         """The training set, the records to measure on, and the column of plain text."""
@@ -214,8 +265,15 @@ class Job:
             ]
         return prompts
 
+    def _tasks(self, tokenizer: Any, batch_size: int) -> Any:
+        if not self.options.tasks:
+            return lambda model: {}
+        from ..compare.tasks import load_tasks
+
+        return load_tasks(self.options.tasks, self.options.limit, tokenizer, batch_size)
+
     def _arguments(self, run: Run) -> dict[str, str]:
-        arguments = {name: str(getattr(self.options, name)) for name in ("records", "max_new_tokens", "prompts")}
+        arguments = {name: str(getattr(self.options, name)) for name in _WITH_EFFECT}
         for group in self.parse(run):
             for field in dataclasses.fields(group):
                 value = getattr(group, field.name)

@@ -29,6 +29,7 @@ class Workload(NamedTuple):
         prompts: Lists of `{"prompt", "reference"}`, by what they are prompts of.
         make_trainer: Builds a run's Trainer, whose `eval_dataset` has the records `held_out` and `training`.
         complete: A model's completions of a batch of prompts, as `{"text", "tokens", "ended"}`.
+        evaluate: A model's metrics on tasks, each a list over the task's documents.
         snr_db: The signal-to-noise ratio of a Trainer's finished run, in dB; None without noise.
     """
 
@@ -36,6 +37,7 @@ class Workload(NamedTuple):
     prompts: dict[str, list[dict[str, Any]]]
     make_trainer: Callable[[Run], Any]
     complete: Callable[[Any, list[Any]], list[dict[str, Any]]]
+    evaluate: Callable[[Any], dict[str, list[float]]]
     snr_db: Callable[[Any], float | None]
 
 
@@ -58,6 +60,11 @@ def train_and_measure(workload: Workload, run: Run, report: Report) -> dict[str,
     curve = _LossCurve(trainer, advance)
     trainer.add_callback(curve)
     trainer.train()
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        # An adapter's `generate` calls the base model, not the FSDP root, which would not gather its own parameters.
+        register_fsdp_forward_method(model, "generate")
+        completions = _completions(trainer, model, workload, advance)
+        tasks = workload.evaluate(model)
     lengths = [len(ids) for ids in trainer.eval_dataset["training"]["input_ids"]]
     result = {
         "setting": run.setting,
@@ -70,24 +77,21 @@ def train_and_measure(workload: Workload, run: Run, report: Report) -> dict[str,
         "curve": curve.points,
         "losses": curve.losses,
         "prompts": workload.prompts,
-        "completions": _completions(trainer, workload, advance),
+        "completions": completions,
+        "tasks": tasks,
     }
     trainer.accelerator.free_memory()
     return result
 
 
-def _completions(trainer: Any, workload: Workload, advance: Report) -> dict[str, list[dict[str, Any]]]:
-    accelerator, batch_size = trainer.accelerator, trainer.args.per_device_eval_batch_size
+def _completions(trainer: Any, model: Any, workload: Workload, advance: Report) -> dict[str, list[dict[str, Any]]]:
     completions = {}
-    with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as model:
-        # An adapter's `generate` calls the base model, not the FSDP root, which would not gather its own parameters.
-        register_fsdp_forward_method(model, "generate")
-        for name, rows in workload.prompts.items():
-            part = _COMPLETIONS * len(rows) / sum(map(len, workload.prompts.values()))
-            completions[name] = _over_processes(
-                accelerator, [row["prompt"] for row in rows], batch_size, partial(workload.complete, model),
-                advance, part,
-            )  # fmt: skip
+    for name, rows in workload.prompts.items():
+        part = _COMPLETIONS * len(rows) / sum(map(len, workload.prompts.values()))
+        completions[name] = _over_processes(
+            trainer.accelerator, [row["prompt"] for row in rows], trainer.args.per_device_eval_batch_size,
+            partial(workload.complete, model), advance, part,
+        )  # fmt: skip
     return completions
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from statsmodels.stats.multitest import multipletests
 
 from .. import __version__
 from .figures import draw
@@ -15,7 +16,7 @@ from .intervals import Interval, linearised_log_ratio, mean_interval
 from .metrics import text_metrics
 from .runs import file_name, setting_name
 
-# Differences are relative (positive quantities, in %) or absolute (shares from 0 to 1, in percentage points).
+# Differences are relative (positive quantities, in %), absolute (shares from 0 to 1, in percentage points), or plain.
 _METRICS = {
     "held_out": ("held-out loss", "relative"),
     "training": ("training loss", "relative"),
@@ -31,17 +32,18 @@ _METRICS = {
 _SMALL = 1.0  # %: if the whole interval is within +-1 %, the verdict is "no difference"
 
 
-def write_report(folder: Path, runs: list[dict[str, Any]]) -> str:
+def write_report(folder: Path, runs: list[dict[str, Any]], plan: dict[str, Any]) -> str:
     """Compare runs, and write `report.html`, `report.md`, `results.json` and `completions/` into `folder`.
 
     Args:
         folder (`Path`): An existing folder.
         runs (`list[dict]`): The measurements of each run of a [`Sweep`], the baseline first.
+        plan (`dict`): What was fixed before the first run, from [`Sweep.plan`].
 
     Returns:
         `str`: The verdict and the path of the report, for the terminal.
     """
-    results = summarise(runs)
+    results = summarise(runs, plan)
     folder.joinpath("results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     templates = jinja2.Environment(
         loader=jinja2.FunctionLoader(
@@ -58,12 +60,17 @@ def write_report(folder: Path, runs: list[dict[str, Any]]) -> str:
     return "\n".join([*results["verdict"], f"Report: {folder / 'report.html'}"])
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(runs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
     """The means of each setting and the differences from the first, with 95 % intervals over records and seeds."""
     by_setting = _by_setting(runs)
     base, *others = by_setting
     tables = {name: _tables(own) for name, own in by_setting.items()}
-    metrics = [_compared(key, tables) for key in _METRICS if key in tables[base]]
+    tasks = {f"task {name}": (name, "plain") for name in runs[0]["tasks"]}
+    metrics = [
+        _compared(key, title, kind, {name: table[key] for name, table in tables.items()})
+        for key, (title, kind) in (_METRICS | tasks).items()
+        if key in tables[base]
+    ]
     first = runs[0]
     results = {
         "neftune_hf": __version__,
@@ -71,13 +78,31 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             {"name": name, "setting": own[0]["setting"], "snr_db": own[0]["snr_db"]} for name, own in by_setting.items()
         ],
         "seeds": list(dict.fromkeys(run["seed"] for run in runs)),
+        "plan": plan | {"changes": _changes(plan, runs)},
         **{name: first[name] for name in ("steps", "epochs", "train_records", "mean_length")},
         "arguments": {name: _without_folder(value) for name, value in first["arguments"].items()},
         "metrics": [metric for metric in metrics if metric],
         "gap": {name: mean_interval(*_gap(tables[name], tables[base])) for name in others},
     }
     results["verdict"] = [_verdict(name, base, results) for name in others]
+    results["corrected"] = _corrected(results) if len(others) > 1 else []
     return results
+
+
+def _changes(plan: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
+    """How the runs of a report differ from those that were planned."""
+    changes = []
+    for what, reported in {
+        "settings": dict.fromkeys(setting_name(run["setting"]) for run in runs),
+        "seeds": dict.fromkeys(run["seed"] for run in runs),
+    }.items():
+        for said, some in {
+            "added later": [value for value in reported if value not in plan[what]],
+            "planned, but not in this report": [value for value in plan[what] if value not in reported],
+        }.items():
+            if some:
+                changes.append(f"{what} {said}: {', '.join(map(str, some))}")
+    return changes
 
 
 def _by_setting(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -93,9 +118,13 @@ def _tables(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """The metrics of one setting, each of shape (seeds, records)."""
     metrics: dict[str, list[list[float]]] = {}
     for run in runs:
-        for key, values in (run["losses"] | _text_values(run)).items():
+        for key, values in (run["losses"] | _text_values(run) | _task_values(run)).items():
             metrics.setdefault(key, []).append(values)
     return {key: np.array(values, dtype=np.float64) for key, values in metrics.items()}
+
+
+def _task_values(run: dict[str, Any]) -> dict[str, list[float]]:
+    return {f"task {name}": values for name, values in run["tasks"].items()}
 
 
 def _text_values(run: dict[str, Any]) -> dict[str, list[float]]:
@@ -111,26 +140,30 @@ def _text_values(run: dict[str, Any]) -> dict[str, list[float]]:
     return values
 
 
-def _compared(key: str, tables: dict[str, dict[str, np.ndarray]]) -> dict[str, Any] | None:
+def _compared(key: str, title: str, kind: str, tables: dict[str, np.ndarray]) -> dict[str, Any] | None:
     """One metric of all settings, over the records for which every run has a value; None if there are too few."""
-    title, kind = _METRICS[key]
-    counted = np.all([np.isfinite(table[key]).all(axis=0) for table in tables.values()], axis=0)
-    values = {name: table[key][:, counted] for name, table in tables.items()}
+    counted = np.all([np.isfinite(table).all(axis=0) for table in tables.values()], axis=0)
+    values = {name: table[:, counted] for name, table in tables.items()}
     if counted.sum() < 2 or (kind == "relative" and min(map(np.mean, values.values())) <= 0):
         return None
+    if kind == "plain" and all(((table >= 0) & (table <= 1)).all() for table in values.values()):
+        kind = "absolute"
     base, *others = values
-    differences = {}
-    for name in others:
-        if kind == "relative":
-            estimate, low, high, p_value = mean_interval(linearised_log_ratio(values[name], values[base]))
-            estimate, low, high = (100 * math.expm1(value) for value in (estimate, low, high))
-            differences[name] = Interval(estimate, low, high, p_value)
-        else:
-            differences[name] = mean_interval(100 * (values[name] - values[base]))
+    differences = {name: _difference(values[name], values[base], kind) for name in others}
+    _, p_values, *_ = multipletests([difference.p_value for difference in differences.values()], method="holm")
     return {
         "key": key, "title": title, "kind": kind, "records": int(counted.sum()),
         "values": {name: mean_interval(table) for name, table in values.items()}, "differences": differences,
+        "holm": {name: float(p_value) for name, p_value in zip(others, p_values, strict=True)},
     }  # fmt: skip
+
+
+def _difference(values: np.ndarray, baseline: np.ndarray, kind: str) -> Interval:
+    if kind != "relative":
+        return mean_interval((100 if kind == "absolute" else 1) * (values - baseline))
+    estimate, low, high, p_value = mean_interval(linearised_log_ratio(values, baseline))
+    estimate, low, high = (100 * math.expm1(value) for value in (estimate, low, high))
+    return Interval(estimate, low, high, p_value)
 
 
 def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
@@ -151,14 +184,36 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
             parts.append(f"completions {mid:.2f} times as long [{low:.2f}, {high:.2f}]")
         else:
             parts.append(f"no difference in completion length found ({mid:.2f} times [{low:.2f}, {high:.2f}])")
+    for metric in by_key.values():
+        if metric["key"].startswith("task "):
+            parts.append(f"{metric['title']} {_change(metric['differences'][name], metric['kind'])}")
     return f"{name} against {base}: {'; '.join(parts)}."
+
+
+def _corrected(results: dict[str, Any]) -> list[str]:
+    """For each metric of the verdicts, which settings differ after Holm's correction for the number of settings."""
+    lines = []
+    for metric in results["metrics"]:
+        if metric["key"] in ("held_out", "tokens") or metric["key"].startswith("task "):
+            found = [
+                f"{name} {'differs' if p_value < 0.05 else 'no difference found'} (p {_p(p_value)})"
+                for name, p_value in metric["holm"].items()
+            ]
+            lines.append(f"{metric['title']}: {', '.join(found)}")
+    return lines
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.2g}"
 
 
 def _change(difference: Interval, kind: str) -> str:
     low, mid, high = difference.low, difference.estimate, difference.high
     if kind == "relative":
         return f"{mid:+.2f} % [{low:+.2f}, {high:+.2f}]"
-    return f"{mid:+.1f} [{low:+.1f}, {high:+.1f}]"
+    if kind == "absolute":
+        return f"{mid:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    return f"{mid:+.4g} [{low:+.4g}, {high:+.4g}]"
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:

@@ -1,7 +1,9 @@
 """The runs of a comparison. Each run's measurements are a file, so that a sweep resumes after the last finished run."""
 
+import datetime
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import DatasetError, NEFTuneConfigError
 from .measure import Workload, train_and_measure
-from .runs import Run, file_name
+from .runs import Run, file_name, setting_name
 
-_KEYS = {
+_RUN_KEYS = {
     "arguments", "setting", "seed", "steps", "epochs", "train_records", "mean_length", "snr_db", "curve", "losses",
-    "prompts", "completions",
+    "prompts", "completions", "tasks",
 }  # fmt: skip
+_PLAN_KEYS = {"date", "settings", "seeds"}
 
-# Trains and measures runs, given by their indices, and yields each one's index and measurements. Reports a run's index
-# and the share of it that is done.
-Execute = Callable[[dict[int, Run], Callable[[int, float], Any]], Iterator[tuple[int, dict[str, Any]]]]
+# Trains and measures runs, given by their indices, and yields each one's index and measurements, or None if it failed.
+# Reports a run's index and the share of it that is done.
+Execute = Callable[[dict[int, Run], Callable[[int, float], Any]], Generator[tuple[int, dict[str, Any] | None]]]
 
 
 class Sweep:
@@ -47,32 +50,34 @@ class Sweep:
         state = PartialState()
         (unfinished,) = broadcast_object_list([{i: run for i, run in enumerate(self.runs) if not self.is_finished(i)}])
         shares = dict.fromkeys(unfinished, 0.0)
+        finished = len(self.runs) - len(unfinished)
         running: dict[int, str] = {}
         shown = "{desc} {percentage:3.0f} % |{bar}| {elapsed}, {remaining} left"
-        with (
-            logging_redirect_tqdm(),
-            tqdm(total=len(shares), smoothing=0, bar_format=shown, disable=not state.is_main_process) as bar,
-        ):
+        bar = tqdm(total=len(shares), smoothing=0, bar_format=shown, disable=not state.is_main_process)
 
-            def report(i: int, share: float) -> None:
-                shares[i], running[i] = share, self.runs[i].name
-                finished = len(self.runs) - sum(share < 1 for share in shares.values())
-                bar.set_description_str(f"{finished} of {len(self.runs)} done, now {_some(list(running.values()))}")
-                bar.update(sum(shares.values()) - bar.n)
+        def report(i: int, share: float) -> None:
+            if state.is_main_process and not running:
+                self.plan()  # the data is loaded, and the first run begins
+                bar.unpause()
+            shares[i], running[i] = share, self.runs[i].name
+            bar.set_description_str(f"{finished} of {len(self.runs)} done, now {_some(list(running.values()))}")
+            bar.update(sum(shares.values()) - bar.n)
 
-            for i, result in execute(unfinished, report):
-                if state.is_main_process:
-                    self._save(i, result)
-                report(i, 1.0)
-                del running[i]
+        with bar, logging_redirect_tqdm(), closing(execute(unfinished, report)) as results:
+            for i, result in results:
+                if result and state.is_main_process:
+                    _write(self.file(i), result | {"arguments": self.arguments[i]})
+                    finished += 1
+                report(i, 1.0 if result else 0.0)
+                running.pop(i)
                 state.wait_for_everyone()
-        return [self._read(i) for i in range(len(self.runs))] if state.is_main_process else []
+        return [_read(self.file(i), _RUN_KEYS) for i in range(len(self.runs))] if state.is_main_process else []
 
     def is_finished(self, i: int) -> bool:
         file = self.file(i)
         if not file.exists():
             return False
-        then, now = self._read(i)["arguments"], self.arguments[i]
+        then, now = _read(file, _RUN_KEYS)["arguments"], self.arguments[i]
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 raise NEFTuneConfigError(
@@ -81,34 +86,50 @@ class Sweep:
                 )
         return True
 
+    def plan(self) -> dict[str, Any]:
+        """The date of the first call in this folder, and the settings and seeds that it asked for.
+
+        They are written before the first run, so that a report can tell what was added once results were known.
+        """
+        file = self.folder / "plan.json"
+        if not file.exists():
+            plan = {
+                "date": datetime.date.today().isoformat(),
+                "settings": list(dict.fromkeys(setting_name(run.setting) for run in self.runs)),
+                "seeds": list(dict.fromkeys(run.seed for run in self.runs)),
+            }
+            _write(file, plan)
+        return _read(file, _PLAN_KEYS)
+
     def file(self, i: int) -> Path:
         return self.folder / "runs" / f"{file_name(self.runs[i].name)}.json"
-
-    def _save(self, i: int, result: dict[str, Any]) -> None:
-        part = self.file(i).with_suffix(".part")  # an interrupted write leaves no result file
-        part.write_text(json.dumps(result | {"arguments": self.arguments[i]}), encoding="utf-8")
-        part.replace(self.file(i))
-
-    def _read(self, i: int) -> dict[str, Any]:
-        file = self.file(i)
-        try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            result = None
-        if not isinstance(result, dict) or result.keys() != _KEYS:
-            raise DatasetError(f"{file} is damaged, or of another version. Remove it, and the run is repeated.")
-        return result
 
 
 def one_by_one(load: Callable[[], Workload]) -> Execute:
     """Trains the runs in this process, or in all processes of an accelerate launch."""
 
-    def execute(runs: dict[int, Run], report: Callable[[int, float], Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def execute(runs: dict[int, Run], report: Callable[[int, float], Any]) -> Generator:
         workload = load()
         for i, run in runs.items():
             yield i, train_and_measure(workload, run, partial(report, i))
 
     return execute
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    part = file.with_suffix(".part")  # an interrupted write leaves no damaged file
+    part.write_text(json.dumps(content), encoding="utf-8")
+    part.replace(file)
+
+
+def _read(file: Path, keys: set[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.keys() != keys:
+        raise DatasetError(f"{file} is damaged, or of another version. Remove it, and it is made again.")
+    return content
 
 
 def _some(names: list[str], count: int = 3) -> str:
