@@ -96,6 +96,7 @@ def _train_and_measure(load: Callable[[], Workload], run: Run, i: int, queue: Qu
     def report(share: float) -> None:
         actor.put_nowait.remote((i, share))  # without waiting for it
 
+    report(0.0)
     return train_and_measure(load(), run, report)
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate.utils import gather_object
-from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PrinterCallback, TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
@@ -61,8 +60,6 @@ def train_and_measure(workload: Workload, run: Run, report: Report) -> dict[str,
     trainer.add_callback(curve)
     trainer.train()
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-        # An adapter's `generate` calls the base model, not the FSDP root, which would not gather its own parameters.
-        register_fsdp_forward_method(model, "generate")
         completions = _completions(trainer, model, workload, advance)
         tasks = workload.evaluate(model)
     lengths = [len(ids) for ids in trainer.eval_dataset["training"]["input_ids"]]

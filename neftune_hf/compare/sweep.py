@@ -40,6 +40,7 @@ class Sweep:
 
     def __init__(self, folder: Path, runs: list[Run], arguments: list[dict[str, str]]):
         self.folder, self.runs, self.arguments = folder, runs, arguments
+        self.date = datetime.date.today().isoformat()
         try:
             (folder / "runs").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -56,9 +57,8 @@ class Sweep:
         bar = tqdm(total=len(shares), smoothing=0, bar_format=shown, disable=not state.is_main_process)
 
         def report(i: int, share: float) -> None:
-            if state.is_main_process and not running:
-                self.plan()  # the data is loaded, and the first run begins
-                bar.unpause()
+            if not running:
+                bar.unpause()  # the time for loading the data says nothing about the time left
             shares[i], running[i] = share, self.runs[i].name
             bar.set_description_str(f"{finished} of {len(self.runs)} done, now {_some(list(running.values()))}")
             bar.update(sum(shares.values()) - bar.n)
@@ -66,6 +66,7 @@ class Sweep:
         with bar, logging_redirect_tqdm(), closing(execute(unfinished, report)) as results:
             for i, result in results:
                 if result and state.is_main_process:
+                    self.plan()
                     _write(self.file(i), result | {"arguments": self.arguments[i]})
                     finished += 1
                 report(i, 1.0 if result else 0.0)
@@ -87,18 +88,15 @@ class Sweep:
         return True
 
     def plan(self) -> dict[str, Any]:
-        """The date of the first call in this folder, and the settings and seeds that it asked for.
+        """The settings and seeds of the first call that finished a run in this folder, with its date.
 
-        They are written before the first run, so that a report can tell what was added once results were known.
+        They were fixed before any result was known, so that a report can tell what was added later.
         """
         file = self.folder / "plan.json"
         if not file.exists():
-            plan = {
-                "date": datetime.date.today().isoformat(),
-                "settings": list(dict.fromkeys(setting_name(run.setting) for run in self.runs)),
-                "seeds": list(dict.fromkeys(run.seed for run in self.runs)),
-            }
-            _write(file, plan)
+            settings = list(dict.fromkeys(setting_name(run.setting) for run in self.runs))
+            seeds = list(dict.fromkeys(run.seed for run in self.runs))
+            _write(file, {"date": self.date, "settings": settings, "seeds": seeds})
         return _read(file, _PLAN_KEYS)
 
     def file(self, i: int) -> Path:

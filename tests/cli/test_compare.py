@@ -98,6 +98,14 @@ def test_runs_of_other_settings_are_not_taken_for_these(compared, capsys):
     assert re.search(r"`learning_rate` 0\.01, but it is 0\.02 now", error)
 
 
+def test_runs_that_were_not_planned_are_told(compared, tmp_path):
+    folder = tmp_path / "extended"
+    shutil.copytree(compared[1], folder)
+    assert results_of(folder)["plan"]["changes"] == []
+    assert compare(compared, "--alphas", "0", "5", "--seeds", "0", "1", "--output_dir", str(folder)) == 0
+    assert results_of(folder)["plan"]["changes"] == ["settings planned, but not in this report: alpha 500"]
+
+
 def test_the_page_stands_alone_and_has_all_of_it(compared):
     page = (compared[1] / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]+\"", page)
@@ -151,6 +159,9 @@ def test_an_output_folder_that_is_a_file(config, tmp_path, capsys, below):
         (["--vary", "neftune_length"], "--vary neftune_length=sequence,padded"),
         (["--records", "1"], "`--records` is 1"),
         (["--seeds", "-1"], "`--seeds` has -1"),
+        (["--limit", "1"], "`--limit` is 1"),
+        (["--ray", "--gpus_per_run", "2"], "`--gpus_per_run` from 0 to 1"),
+        (["--ray", "--cpus_per_run", "0"], "`--cpus_per_run` must be positive"),
         (["--seeds", "0", str(2**64)], f"`--seeds` has {2**64}"),
         (["--dataset_streaming", "true"], "cannot be streamed"),
     ],
