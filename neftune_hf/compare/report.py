@@ -52,7 +52,7 @@ def write_report(folder: Path, runs: list[dict[str, Any]], plan: dict[str, Any])
         autoescape=lambda name: "html" in str(name), trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     content = {"r": results, "rows": _rows(results), "completions": _side_by_side(runs)}
-    figures = draw(_by_setting(runs), results["metrics"])
+    figures = draw(by_setting(runs), results["metrics"])
     for name in ("report.html", "report.md"):
         page = templates.get_template(f"{name}.jinja").render(content, figures=figures)
         folder.joinpath(name).write_text(page, encoding="utf-8")
@@ -62,9 +62,9 @@ def write_report(folder: Path, runs: list[dict[str, Any]], plan: dict[str, Any])
 
 def summarise(runs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
     """The means of each setting and the differences from the first, with 95 % intervals over records and seeds."""
-    by_setting = _by_setting(runs)
-    base, *others = by_setting
-    tables = {name: _tables(own) for name, own in by_setting.items()}
+    groups = by_setting(runs)
+    base, *others = groups
+    tables = {name: _tables(own) for name, own in groups.items()}
     tasks = {f"task {name}": (name, "plain") for name in runs[0]["tasks"]}
     metrics = [
         _compared(key, title, kind, {name: table[key] for name, table in tables.items()})
@@ -75,7 +75,7 @@ def summarise(runs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any
     results = {
         "neftune_hf": __version__,
         "settings": [
-            {"name": name, "setting": own[0]["setting"], "snr_db": own[0]["snr_db"]} for name, own in by_setting.items()
+            {"name": name, "setting": own[0]["setting"], "snr_db": own[0]["snr_db"]} for name, own in groups.items()
         ],
         "seeds": list(dict.fromkeys(run["seed"] for run in runs)),
         "plan": plan | {"changes": _changes(plan, runs)},
@@ -105,7 +105,7 @@ def _changes(plan: dict[str, Any], runs: list[dict[str, Any]]) -> list[str]:
     return changes
 
 
-def _by_setting(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_setting(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The runs of each setting, named by the fields that vary."""
     varied = [field for field in runs[0]["setting"] if len({str(run["setting"][field]) for run in runs}) > 1]
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -266,7 +266,7 @@ def _text(prompt: str | list[dict[str, str]]) -> str:
 
 def _side_by_side(runs: list[dict[str, Any]], count: int = 8) -> list[dict[str, Any]]:
     """The first prompts with their completions from all settings, for the first seed."""
-    shown = {name: own[0] for name, own in _by_setting(runs).items()}
+    shown = {name: own[0] for name, own in by_setting(runs).items()}
     return [
         {
             "prompt": _text(prompt["prompt"]),
