@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="neftune-hf compare",
         usage="%(prog)s --config FILE [--alphas A [A ...]] [--seeds N [N ...]] [OPTIONS]",
         description=run.__doc__,
-        epilog="All other options, such as --output_dir, are those of `neftune-hf sft`.",
+        epilog="All others, such as --output_dir and --accelerate_config, are the options of `neftune-hf sft`.",
         allow_abbrev=False,
     )
     add = parser.add_argument

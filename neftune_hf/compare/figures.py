@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # After Okabe and Ito, visible on white and on black; markers and line styles differ too.
 _COLOURS = ("#8a8a8a", "#d55e00", "#2f8fd0", "#1a9e77", "#cc79a7", "#b59b00")
@@ -48,6 +49,7 @@ def _curve(panels: Any, runs: Runs, by_key: dict[str, Any]) -> None:
             means = np.mean([[point[key] for point in run["curve"]] for run in own], axis=0)
             axes.plot(steps, means, label=name, marker=_MARKERS[n % 6], **_line(n))
         axes.set(title=f"{title}, noise off", xlabel="optimizer step", ylabel="nats per token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].legend()
 
 
@@ -93,7 +95,7 @@ _FIGURES: dict[str, tuple[Callable[[Any, Runs, dict[str, Any]], None], int, str]
     "curve": (_curve, 2, "Mean over records and seeds. Overlapping lines mean no visible difference."),
     "differences": (_differences, 2, "Differences from the first setting, with 95 % intervals over records and seeds."),
     "records": (_records, 2, "As in the paper's figure 3: distributions over these records after training, noise off."),
-    "lengths": (_lengths, 1, "Lengths of the completions, which are cut off at `max_new_tokens`."),
+    "lengths": (_lengths, 1, "Lengths of the completions; the longest are cut off."),
 }
 
 

@@ -137,7 +137,7 @@ def test_a_damaged_file_of_a_run_is_named(compared, tmp_path, capsys, content):
     arguments = ["--alphas", "0", "5", "500", "--seeds", "0", "1", "--output_dir", str(folder)]
     assert compare(compared, *arguments) == 2
     error = capsys.readouterr().err.strip()
-    assert error.endswith(f"{file} is damaged, or of another version. Remove it, and the run is repeated.")
+    assert error.endswith(f"{file} is damaged, or of another version. Remove it, and it is made again.")
 
 
 @pytest.mark.parametrize("below", [(), ("folder",)])

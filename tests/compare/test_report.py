@@ -94,11 +94,11 @@ def test_one_seed_is_reported_and_said_to_be_one(tmp_path):
 
 
 def test_the_page_and_the_markdown_have_the_same_numbers(tmp_path):
-    made = runs([0, 0.1])
+    made = runs([0, 0.1], records=12)
     write_report(tmp_path, made, plan_of(made))
     page, markdown = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
     rows = [line[2:-2].split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
-    assert rows[1][0] == "held-out loss (60 records)"
+    assert rows[1][0] == "held-out loss (12 records)"
     assert all(len(row) == 4 for row in rows)
     assert all(cell in page for row in rows[1:] for cell in row)
 
@@ -115,7 +115,7 @@ def test_completions_are_written_as_alpaca_eval_reads_them(tmp_path):
 
 
 def test_what_was_not_planned_is_told(tmp_path):
-    made = runs([0, 0.1], seeds=3)
+    made = runs([0, 0.1], seeds=3, records=4)
     assert summary(made)["plan"]["changes"] == []
     plan = plan_of(made) | {"settings": ["alpha 0", "alpha 15"], "seeds": [0, 1]}
     assert summarise(made, plan)["plan"]["changes"] == [
@@ -131,7 +131,7 @@ def test_what_was_not_planned_is_told(tmp_path):
 
 
 def test_several_settings_are_corrected_for_their_number():
-    results = summary(runs([0, 0, 0, 0.5]))
+    results = summary(runs([0, 0, 0, 0.5], records=12))
     (line, _) = results["corrected"]
     assert line.startswith("held-out loss: alpha 5 no difference found (p = ")
     assert line.endswith("alpha 15 differs (p < 0.001)")
@@ -139,4 +139,4 @@ def test_several_settings_are_corrected_for_their_number():
     smallest, middle, largest = sorted(interval.p_value for interval in metric["differences"].values())
     corrected = [3 * smallest, min(2 * middle, 1), min(max(2 * middle, largest), 1)]
     assert sorted(metric["holm"].values()) == pytest.approx(corrected)
-    assert summary(runs([0, 0.1]))["corrected"] == []
+    assert summary(runs([0, 0.1], records=4))["corrected"] == []

@@ -1,15 +1,18 @@
 """Tasks of lm-evaluation-harness, from local files."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lm_eval.models.huggingface import HFLM
 
 from neftune_hf.compare.tasks import load_tasks
 from neftune_hf.errors import NEFTuneConfigError
 
-from ..conftest import byte_tokenizer, tiny_llama
+from ..conftest import ROOT, byte_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.slow  # the harness reads the files of all its tasks
 
@@ -66,6 +69,16 @@ def test_exact_match_of_a_completion_and_a_limit(tmp_path):
     settings = {"output_type": "generate_until", "metric_list": [exact], "generation_kwargs": generation}
     file = write_task(tmp_path, [right, "blue", "red"], **settings)
     assert load_tasks(file, 2, tokenizer, 2)(model) == {"colours (exact_match)": [1.0, 0.0]}
+
+
+def test_the_task_in_the_docs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("tickets.yaml").write_text(re.search(r"(?s)```yml\n(.*?)```", page)[1], encoding="utf-8")
+    rows = [{"question": "The parcel is late.", "answer": answer} for answer in ("delivery", "")]
+    Path("tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests: ["Delivery." for _ in requests])
+    assert load_tasks("tickets.yaml", None, byte_tokenizer(), 2)(tiny_llama()) == {"tickets (exact_match)": [1.0, 0.0]}
 
 
 @pytest.mark.parametrize("names", ["no_such_task", "no_such_file.yaml"])
