@@ -38,14 +38,17 @@ compare types --alphas 15 --max_new_tokens 0 --vary neftune_noise_type=uniform,g
 import json
 from pathlib import Path
 
-from neftune_hf.compare.report import draw, summarise
+from neftune_hf.compare.figures import draw
+from neftune_hf.compare.report import by_setting, summarise
 
 page = Path("docs/evidence")
-files = sorted(Path("outputs/evidence/alphas/runs").glob("*.json"))
+folder = Path("outputs/evidence/alphas")
+files = sorted(folder.joinpath("runs").glob("*.json"))
 runs = sorted(map(json.loads, (file.read_text(encoding="utf-8") for file in files)),
               key=lambda run: (run["setting"]["neftune_noise_alpha"], run["seed"]))
 colours = "<style>svg { color: #24292f } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }</style>"
-figures = draw(runs, summarise(runs))
+plan = json.loads(folder.joinpath("plan.json").read_text(encoding="utf-8"))
+figures = draw(by_setting(runs), summarise(runs, plan)["metrics"])
 for name in ("curve", "differences"):
     svg, _ = figures[name]
     page.joinpath(f"{name}.svg").write_text(svg.replace(">", f">{colours}", 1), encoding="utf-8")

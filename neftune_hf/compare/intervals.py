@@ -12,15 +12,21 @@ class Interval(NamedTuple):
 
     Attributes:
         estimate, low, high: In the unit of the data.
+        p_value: Of the two-sided test that the truth is 0, by the same t distribution as the interval.
     """
 
     estimate: float
     low: float
     high: float
+    p_value: float
 
     @property
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
 
 
 def mean_interval(*samples: np.ndarray, confidence: float = 0.95) -> Interval:
@@ -56,13 +62,15 @@ def mean_interval(*samples: np.ndarray, confidence: float = 0.95) -> Interval:
     terms = _mean_squares(tables)
     variance = _variance(terms)
     if variance == 0:
-        return Interval(estimate, estimate, estimate)
+        return Interval(estimate, estimate, estimate, float(estimate == 0))
     freedom = variance**2 / sum(value**2 / degrees for value, degrees in terms)
-    half = stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance)
-    return Interval(estimate, estimate - half, estimate + half)
+    error = math.sqrt(variance)
+    half = stats.t.ppf((1 + confidence) / 2, freedom) * error
+    p_value = 2 * stats.t.sf(abs(estimate) / error, freedom)
+    return Interval(estimate, float(estimate - half), float(estimate + half), float(p_value))
 
 
-def log_ratio(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+def linearised_log_ratio(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     """A table whose mean is log(mean of `values` / mean of `baseline`), for [`mean_interval`].
 
     By the delta method, each element is the first-order contribution of its pair, so the records stay paired.
@@ -72,36 +80,6 @@ def log_ratio(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     """
     mean, base = values.mean(), baseline.mean()
     return math.log(mean / base) + values / mean - baseline / base
-
-
-def needed(table: np.ndarray, confidence: float = 0.95) -> list[tuple[int, int]]:
-    """How many seeds and records it would take to detect a difference as large as the mean of `table`.
-
-    Args:
-        table (`np.ndarray` of shape `(seeds, records)`): Paired differences.
-
-    Returns:
-        `list[tuple[int, int]]`: Numbers of seeds and records: with more seeds, with more records, or with more of both
-        if neither alone suffices. With one seed, more records only. Empty if a thousand times as many do not suffice.
-    """
-    table = np.asarray(table, dtype=np.float64)
-    seeds, records = table.shape
-    rest = -_mean_squares([table])[2][0] * seeds * records if seeds > 1 else 0.0
-    of_record = max(table.mean(axis=0).var(ddof=1) - rest / seeds, 0.0)
-    of_seed = max(table.mean(axis=1).var(ddof=1) - rest / records, 0.0) if seeds > 1 else 0.0
-
-    def shows(numbers: tuple[int, int]) -> bool:
-        by_seed, by_record = of_seed / numbers[0], of_record / numbers[1]
-        freedom = numbers[0] - 1 if by_seed > by_record else numbers[1] - 1
-        half = stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(by_seed + by_record + rest / math.prod(numbers))
-        return half < abs(table.mean())
-
-    times = [1.02**step for step in range(350)]
-    more_seeds = [(math.ceil(factor * seeds), records) for factor in times if seeds > 1]
-    more_records = [(seeds, math.ceil(factor * records)) for factor in times]
-    more_of_both = [(math.ceil(factor * seeds), math.ceil(factor * records)) for factor in times if seeds > 1]
-    ways = [way for ways in (more_seeds, more_records) if (way := next(filter(shows, ways), None))]
-    return ways or list(filter(shows, more_of_both))[:1]
 
 
 def _mean_squares(tables: list[np.ndarray]) -> list[tuple[float, int]]:

@@ -1,47 +1,35 @@
-"""Per-record losses of a model with the noise off, and text metrics of its completions."""
+"""Losses of a model on records, and text metrics of its completions."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import sentence_bleu
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
-
-Progress = Callable[[int], Any]
 
 
 @torch.no_grad()
-def record_losses(
-    model: PreTrainedModel, rows: Any, collate: Callable, batch_size: int, progress: Progress = lambda count: None
-) -> list[float]:
+def record_losses(model: Any, rows: list[dict[str, Any]], collate: Callable) -> list[float]:
     """The mean negative log-likelihood per label token of each record, in nats, in evaluation mode.
 
     Args:
-        model (`transformers.PreTrainedModel`): A causal language model.
-        rows (a sequence of `dict`): Tokenised records.
+        model (`transformers.PreTrainedModel`): A causal language model; if it is sharded, every process calls this.
+        rows (`list[dict]`): Tokenised records, evaluated in one forward pass.
         collate (`Callable`): Collates them into a padded batch, with `labels` of -100 where there is no loss.
-        batch_size (`int`): Records per forward pass.
-        progress (`Callable`): Called after each pass with its number of records.
 
     Returns:
         `list[float]`: In the order of `rows`; NaN for a record without labels.
     """
     was_training = model.training
     model.eval()
-    losses = [math.nan] * len(rows)
-    for numbers in _by_length([len(row["input_ids"]) for row in rows], batch_size):
-        batch = {k: v.to(model.device) for k, v in collate([rows[number] for number in numbers]).items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        loss = cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # 0 where the label is -100
-        for number, value in zip(numbers, loss.sum(1) / (labels != -100).sum(1), strict=True):
-            losses[number] = value.item()
-        progress(len(numbers))
+    batch = {name: value.to(model.device) for name, value in collate(rows).items()}
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, :-1].float()
+    losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # 0 where the label is -100
     model.train(was_training)
-    return losses
+    return (losses.sum(1) / (labels != -100).sum(1)).tolist()
 
 
 def text_metrics(completion: str, reference: str | None) -> dict[str, float]:
@@ -70,10 +58,3 @@ def text_metrics(completion: str, reference: str | None) -> dict[str, float]:
         metrics["rouge_l"] = RougeScorer(["rougeL"]).score(reference, completion)["rougeL"].fmeasure
         metrics["bleu"] = sentence_bleu(completion, [reference]).score / 100
     return metrics
-
-
-def _by_length(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Record indices in batches of similar length, longest first."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

@@ -1,8 +1,8 @@
 """`neftune-hf compare` on a tiny model: runs are pairs, are not repeated, and are reported correctly."""
 
-import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -89,7 +89,7 @@ def test_finished_runs_are_kept_and_others_are_trained(compared, capsys):
     assert compare(compared, "--alphas", "0", "5", "500", "--seeds", "0", "1") == 0
     assert kept.stat().st_mtime_ns == before
     assert json.loads(lost.read_text())["losses"] == result["losses"]
-    assert "(1 of 1)" in capsys.readouterr().err
+    assert "5 of 6 done, now alpha 5, seed 1" in capsys.readouterr().err
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(compared, capsys):
@@ -98,11 +98,19 @@ def test_runs_of_other_settings_are_not_taken_for_these(compared, capsys):
     assert re.search(r"`learning_rate` 0\.01, but it is 0\.02 now", error)
 
 
+def test_runs_that_were_not_planned_are_told(compared, tmp_path):
+    folder = tmp_path / "extended"
+    shutil.copytree(compared[1], folder)
+    assert results_of(folder)["plan"]["changes"] == []
+    assert compare(compared, "--alphas", "0", "5", "--seeds", "0", "1", "--output_dir", str(folder)) == 0
+    assert results_of(folder)["plan"]["changes"] == ["settings planned, but not in this report: alpha 500"]
+
+
 def test_the_page_stands_alone_and_has_all_of_it(compared):
     page = (compared[1] / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]+\"", page)
     assert "@import" not in page
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 4
     for line in results_of(compared[1])["verdict"]:
         assert line in page
         assert line in (compared[1] / "report.md").read_text()
@@ -120,21 +128,24 @@ def test_records_are_held_out_where_there_is_no_test_split(config, tmp_path, cap
     assert "`--records` is 13, too many to hold out of 24 records" in capsys.readouterr().err
 
 
-def test_the_judge_is_asked_about_pairs(compared, monkeypatch):
-    import alpaca_eval
+@pytest.mark.parametrize("content", ["", '{"setting": {"neftune', "[1]", '{"losses": {}}', "null"])
+def test_a_damaged_file_of_a_run_is_named(compared, tmp_path, capsys, content):
+    folder = tmp_path / "damaged"
+    shutil.copytree(compared[1], folder)
+    file = folder / "runs" / "alpha-5_seed-0.json"
+    file.write_text(content)
+    arguments = ["--alphas", "0", "5", "500", "--seeds", "0", "1", "--output_dir", str(folder)]
+    assert compare(compared, *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.endswith(f"{file} is damaged, or of another version. Remove it, and it is made again.")
 
-    signature, asked = inspect.signature(alpaca_eval.evaluate), []
 
-    def judge(*args, **kwargs):
-        asked.append(signature.bind(*args, **kwargs).arguments)
-        return None, [{"preference": 2} for _ in kwargs["model_outputs"]]
-
-    monkeypatch.setattr(alpaca_eval, "evaluate", judge)
-    assert compare(compared, "--alphas", "0", "5", "500", "--seeds", "0", "1", "--judge", "a_name") == 0
-    assert len(asked) == 4
-    assert all(a["annotators_config"] == "a_name" and len(a["reference_outputs"]) == 4 for a in asked)
-    assert {a["model_outputs"][0]["generator"] for a in asked} == {"alpha 5", "alpha 500"}
-    assert results_of(compared[1])["judge"]["alpha 5"] == [100, 100, 100]
+@pytest.mark.parametrize("below", [(), ("folder",)])
+def test_an_output_folder_that_is_a_file(config, tmp_path, capsys, below):
+    file = tmp_path / "file"
+    file.touch()
+    assert compare(config, "--output_dir", str(file.joinpath(*below))) == 2
+    assert re.search(r"`output_dir` \S+ cannot be a folder", capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +158,11 @@ def test_the_judge_is_asked_about_pairs(compared, monkeypatch):
         (["--vary", "neftune_lenght=tokens,width"], "Did you mean `neftune_length`"),
         (["--vary", "neftune_length"], "--vary neftune_length=sequence,padded"),
         (["--records", "1"], "`--records` is 1"),
+        (["--seeds", "-1"], "`--seeds` has -1"),
+        (["--limit", "1"], "`--limit` is 1"),
+        (["--ray", "--gpus_per_run", "2"], "`--gpus_per_run` from 0 to 1"),
+        (["--ray", "--cpus_per_run", "0"], "`--cpus_per_run` must be positive"),
+        (["--seeds", "0", str(2**64)], f"`--seeds` has {2**64}"),
         (["--dataset_streaming", "true"], "cannot be streamed"),
     ],
 )

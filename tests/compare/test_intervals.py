@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from neftune_hf.compare.intervals import log_ratio, mean_interval, needed
+from neftune_hf.compare.intervals import linearised_log_ratio, mean_interval
 
 # Standard deviations of the seed effect, the record effect and the residual.
 EFFECTS = {
@@ -61,37 +61,25 @@ def test_a_ratio_of_means_is_that_of_its_table():
     rng = np.random.default_rng(0)
     baseline = rng.lognormal(3, 0.5, (3, 50))
     values = 1.2 * baseline * rng.lognormal(0, 0.1, (3, 50))
-    table = log_ratio(values, baseline)
+    table = linearised_log_ratio(values, baseline)
     assert np.exp(table.mean()) == pytest.approx(values.mean() / baseline.mean())
 
     def covers(number):
         rng = np.random.default_rng(number)
         baseline = rng.lognormal(3, 0.5, (1, 50)) * rng.lognormal(0, 0.1, (3, 50))
         values = 1.2 * baseline * rng.lognormal(0, 0.2, (3, 50)) / np.exp(0.02)
-        interval = mean_interval(log_ratio(values, baseline))
+        interval = mean_interval(linearised_log_ratio(values, baseline))
         return interval.low <= np.log(1.2) <= interval.high
 
     assert rate(covers) >= 0.92  # higher if neither seeds nor records have an effect
 
 
-def test_the_number_of_seeds_or_records_that_is_asked_for_is_enough():
-    effects, truth = (0.05, 0.5, 0.5), 0.1
-    table = simulate(truth, effects, seeds=3, records=30, number=2)
-    table += truth - table.mean()
-    assert not mean_interval(table).excludes_zero
-    (_, records), *_ = [numbers for numbers in needed(table) if numbers[0] == 3 and numbers[1] > 30] or [(0, 0)]
-    assert records
-
-    def found(number):
-        return mean_interval(simulate(truth, effects, 3, 4 * records, number)).excludes_zero
-
-    assert rate(found, 200) > 0.5
-    assert needed(np.zeros((1, 5))) == []
-
-
-def test_more_of_both_is_asked_for_where_neither_alone_would_do():
-    table = simulate(0.2, (0.5, 2, 0.1), seeds=4, records=10)
-    table += 0.2 - table.mean()
-    ((seeds, records),) = needed(table)
-    assert seeds > 4
-    assert records > 10
+def test_the_p_value_belongs_to_the_interval():
+    """It is below 5 % exactly if the interval excludes 0, and uniform if there is no difference."""
+    intervals = [mean_interval(simulate(0.1, (0.05, 0.3, 0.3), number=number)) for number in range(200)]
+    assert [interval.p_value < 0.05 for interval in intervals] == [interval.excludes_zero for interval in intervals]
+    assert any(interval.excludes_zero for interval in intervals)
+    none = [mean_interval(simulate(0, (0, 0, 1), seeds=1, number=number)).p_value for number in range(600)]
+    assert np.mean(np.array(none) < 0.5) == pytest.approx(0.5, abs=0.07)
+    assert mean_interval(np.zeros((2, 3))).p_value == 1
+    assert mean_interval(np.ones((2, 3))).p_value == 0
