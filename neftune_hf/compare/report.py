@@ -65,7 +65,7 @@ def summarise(runs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any
     groups = by_setting(runs)
     base, *others = groups
     tables = {name: _tables(own) for name, own in groups.items()}
-    tasks = {f"task {name}": (name, "plain") for name in runs[0]["tasks"]}
+    tasks = {name: (name, "plain") for name in runs[0]["tasks"]}
     metrics = [
         _compared(key, title, kind, {name: table[key] for name, table in tables.items()})
         for key, (title, kind) in (_METRICS | tasks).items()
@@ -118,13 +118,9 @@ def _tables(runs: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """The metrics of one setting, each of shape (seeds, records)."""
     metrics: dict[str, list[list[float]]] = {}
     for run in runs:
-        for key, values in (run["losses"] | _text_values(run) | _task_values(run)).items():
+        for key, values in (run["losses"] | _text_values(run) | run["tasks"]).items():
             metrics.setdefault(key, []).append(values)
     return {key: np.array(values, dtype=np.float64) for key, values in metrics.items()}
-
-
-def _task_values(run: dict[str, Any]) -> dict[str, list[float]]:
-    return {f"task {name}": values for name, values in run["tasks"].items()}
 
 
 def _text_values(run: dict[str, Any]) -> dict[str, list[float]]:
@@ -150,11 +146,9 @@ def _compared(key: str, title: str, kind: str, tables: dict[str, np.ndarray]) ->
         kind = "absolute"
     base, *others = values
     differences = {name: _difference(values[name], values[base], kind) for name in others}
-    _, p_values, *_ = multipletests([difference.p_value for difference in differences.values()], method="holm")
     return {
         "key": key, "title": title, "kind": kind, "records": int(counted.sum()),
         "values": {name: mean_interval(table) for name, table in values.items()}, "differences": differences,
-        "holm": {name: float(p_value) for name, p_value in zip(others, p_values, strict=True)},
     }  # fmt: skip
 
 
@@ -185,7 +179,7 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
         else:
             parts.append(f"no difference in completion length found ({mid:.2f} times [{low:.2f}, {high:.2f}])")
     for metric in by_key.values():
-        if metric["key"].startswith("task "):
+        if metric["key"] not in _METRICS:
             parts.append(f"{metric['title']} {_change(metric['differences'][name], metric['kind'])}")
     return f"{name} against {base}: {'; '.join(parts)}."
 
@@ -194,17 +188,16 @@ def _corrected(results: dict[str, Any]) -> list[str]:
     """For each metric of the verdicts, which settings differ after Holm's correction for the number of settings."""
     lines = []
     for metric in results["metrics"]:
-        if metric["key"] in ("held_out", "tokens") or metric["key"].startswith("task "):
-            found = [
-                f"{name} {'differs' if p_value < 0.05 else 'no difference found'} (p {_p(p_value)})"
-                for name, p_value in metric["holm"].items()
+        if metric["key"] in ("held_out", "tokens") or metric["key"] not in _METRICS:
+            differences = metric["differences"]
+            differs, p_values, *_ = multipletests([found.p_value for found in differences.values()], method="holm")
+            metric["holm"] = dict(zip(differences, map(float, p_values), strict=True))
+            settings = [
+                f"{name} {'differs' if is_different else 'no difference found'} (p {metric['holm'][name]:.2g})"
+                for name, is_different in zip(differences, differs, strict=True)
             ]
-            lines.append(f"{metric['title']}: {', '.join(found)}")
+            lines.append(f"{metric['title']}: {', '.join(settings)}")
     return lines
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.2g}"
 
 
 def _change(difference: Interval, kind: str) -> str:

@@ -128,7 +128,7 @@ def test_the_command_on_ray_writes_what_it_writes_alone(task, config, tmp_path):
         found, alone = (json.loads((tmp_path / folder / name).read_text()) for folder in ("ray", "alone"))
         assert found == alone
     results = json.loads((tmp_path / "ray" / "results.json").read_text())
-    (accuracy,) = [metric for metric in results["metrics"] if metric["key"] == "task colours (acc)"]
+    (accuracy,) = [metric for metric in results["metrics"] if metric["key"] == "colours (acc)"]
     assert accuracy["records"] == 5
     assert accuracy["kind"] == "absolute"
     assert re.search(r"colours \(acc\) [+-]\d+\.\d points \[", results["verdict"][0])
