@@ -35,7 +35,7 @@ def test_the_command_of_the_docs_in_two_processes(tmp_path, model_folder):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("NEFTune summary") == 1
-    assert "noised in 2 forward passes" in result.stdout
+    assert "noised in 2 steps" in result.stdout
 
 
 @pytest.mark.slow
@@ -66,5 +66,5 @@ def test_a_run_on_two_nodes(tmp_path, model_folder):
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], outputs[0][1][-3000:]
-    assert "noised in 2 forward passes" in outputs[0][0]
+    assert "noised in 2 steps" in outputs[0][0]
     assert "NEFTune summary" not in outputs[1][0]

@@ -19,9 +19,9 @@ _COMMANDS = {
     "run": "run a tool with this library in place of transformers' NEFTune: neftune-hf run -- COMMAND ...",
     "env": "print versions for a bug report",
 }
-_EXTRAS = {"trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "quantized"} | dict.fromkeys(
-    ("jinja2", "matplotlib", "rouge_score", "sacrebleu", "scipy"), "compare"
-)
+_EXTRAS = {
+    "trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "quantized", "ray": "ray", "lm_eval": "lm-eval",
+} | dict.fromkeys(("jinja2", "matplotlib", "rouge_score", "sacrebleu", "scipy", "statsmodels"), "compare")  # fmt: skip
 
 # Modules that hand the user's settings to other libraries, which refuse them with errors of any kind. Called from
 # elsewhere, with values of our own, they refuse a setting only with a `ValueError`.

@@ -62,7 +62,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
     total = sum(p.numel() for p in model.parameters())
     lines = ["", "NEFTune summary"]
     for path, embedding in run.embeddings.items():
-        lines.append(f"  embedding      {embedding}, noised in {run.noised_steps[path]:,} forward passes")
+        lines.append(f"  embedding      {embedding}, noised in {run.noised_steps[path]:,} steps")
     if run.embeddings:
         config = run.config
         noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"

@@ -41,10 +41,7 @@ class Sweep:
     def __init__(self, folder: Path, runs: list[Run], arguments: list[dict[str, str]]):
         self.folder, self.runs, self.arguments = folder, runs, arguments
         self.date = datetime.date.today().isoformat()
-        try:
-            (folder / "runs").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NEFTuneConfigError(f"`output_dir` {folder} cannot be a folder: {error.strerror}.") from error
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
 
     def run(self, execute: Execute) -> list[dict[str, Any]]:
         """Train and measure the runs that are not finished; returns the measurements of all, on the main process."""

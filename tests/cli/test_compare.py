@@ -145,7 +145,7 @@ def test_an_output_folder_that_is_a_file(config, tmp_path, capsys, below):
     file = tmp_path / "file"
     file.touch()
     assert compare(config, "--output_dir", str(file.joinpath(*below))) == 2
-    assert re.search(r"`output_dir` \S+ cannot be a folder", capsys.readouterr().err.splitlines()[-1])
+    assert re.search(r"`output_dir` is \S+, but \S+ is a file", capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_the_command_is_the_same_run_as_in_python(config, runs, tmp_path, capsys
     assert len(runs) == 3
     assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
     printed = capsys.readouterr().out
-    assert "model.embed_tokens (Embedding, d=32), noised in 4 forward passes" in printed
+    assert "model.embed_tokens (Embedding, d=32), noised in 4 steps" in printed
     assert f"model saved in {tmp_path / 'out'}" in printed
 
 

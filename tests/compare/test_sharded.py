@@ -9,8 +9,8 @@ from neftune_hf.cli import main
 
 from ..cli.test_compare import SETTINGS
 from ..conftest import byte_tokenizer, tiny_llama
+from ..helpers import torchrun
 from ..records import records, write
-from ..test_ranks import torchrun
 from .test_tasks import write_choices
 
 pytestmark = pytest.mark.slow
