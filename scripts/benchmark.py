@@ -39,7 +39,7 @@ class Ready(nn.Embedding):
 
 
 class Model(nn.Module):
-    """A minimal model with a token embedding and an `attention_mask`."""
+    """A minimal model with a token embedding and the arguments that describe a batch."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -48,7 +48,7 @@ class Model(nn.Module):
     def get_input_embeddings(self):
         return self.embedding
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cu_seq_lens_q=None):
         return self.embedding(input_ids)
 
 
@@ -151,7 +151,10 @@ def training_step(repeats):
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
 
     again = llama()  # two equal runs show the measurement noise
-    parts = {"none again": lambda: run(again), "layout": layout_alone(again, {"input_ids": ids, "attention_mask": mask})}
+    parts = {
+        "none again": lambda: run(again),
+        "layout": layout_alone(again, {"input_ids": ids, "attention_mask": mask}),
+    }
     return interleaved(trio(llama, run) | parts, repeats)
 
 
