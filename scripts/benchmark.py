@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from neftune_hf import attach
+from neftune_hf import attach, find_input_embeddings
 from neftune_hf.layout import arguments_of_call, layout_of_call
 
 SHAPES = [(4, 512, 768), (8, 512, 2048), (4, 2048, 4096), (8, 2048, 4096)]
@@ -39,7 +39,7 @@ class Ready(nn.Embedding):
 
 
 class Model(nn.Module):
-    """A minimal model with a token embedding and an `attention_mask`."""
+    """A minimal model with a token embedding and the arguments that describe a batch."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -48,26 +48,36 @@ class Model(nn.Module):
     def get_input_embeddings(self):
         return self.embedding
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cu_seq_lens_q=None):
         return self.embedding(input_ids)
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(candidates, repeats, calls=10 if DEVICE == "cuda" else 1):
+    """Seconds of each function in each of `repeats` rounds, after a warm-up round.
+
+    A round calls each function `calls` times, which keeps a GPU busy, as in training. Each round begins with another.
+    """
+    times, names = {name: [] for name in candidates}, list(candidates)
+    for round_ in range(repeats + 1):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                candidates[name]()
+            synchronize()
+            if round_:
+                times[name].append((time.perf_counter() - start) / calls)
+    return times
 
 
 def interleaved(candidates, repeats):
     """Median seconds of each function, called in turn after one warm-up call each."""
-    times = {name: [] for name in candidates}
-    calls = 10 if DEVICE == "cuda" else 1  # keep a GPU busy, as in training
-    for round_ in range(repeats + 1):
-        for name, function in candidates.items():
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            if round_:
-                times[name].append((time.perf_counter() - start) / calls)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in timed(candidates, repeats).items()}
 
 
 def builtin(embedding):
@@ -89,21 +99,28 @@ def layout(batch, length, uniform):
     return (torch.ones(batch, length, dtype=torch.long) * mask).to(DEVICE), mask.to(DEVICE)
 
 
-def hook_alone(shape, dtype, uniform, repeats):
+def layout_alone(model, given):
+    """The part of a hook that finds each token's sequence in the arguments of the call."""
+    (site,) = find_input_embeddings(model)
+    return lambda: layout_of_call(arguments_of_call(given, given["input_ids"], site))
+
+
+def ready_model(shape, dtype):
+    embedding = Ready(2, shape[2], device="meta")
+    embedding.output = torch.randn(shape, dtype=dtype, device=DEVICE)
+    return Model(embedding).train()
+
+
+def hooks_alone(shape, dtype, uniform):
+    """Calls of an embedding whose output is ready: without a hook, with each hook, and what else to compare with."""
     ids, mask = layout(*shape[:2], uniform)
-
-    def make():
-        embedding = Ready(2, shape[2], device="meta")
-        embedding.output = torch.zeros(shape, dtype=dtype, device=DEVICE)
-        return Model(embedding).train()
-
-    output = torch.zeros(shape, dtype=dtype, device=DEVICE)
-    given = {"input_ids": ids, "attention_mask": mask}
+    calls = trio(lambda: ready_model(shape, dtype), lambda model: model(ids, mask))
+    plain = ready_model(shape, dtype)
     parts = {
-        "layout": lambda: layout_of_call(arguments_of_call(given, ids)),  # on GPU, one kernel
-        "copy": lambda: output.clone(),
+        "layout": layout_alone(plain, {"input_ids": ids, "attention_mask": mask}),
+        "copy": lambda: plain.embedding.output.clone(),
     }
-    return interleaved(trio(make, lambda model: model(ids, mask)) | parts, repeats)
+    return calls | parts
 
 
 def embedding_forward_backward(shape, dtype, uniform, repeats):
@@ -134,20 +151,18 @@ def training_step(repeats):
         model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
 
     again = llama()  # two equal runs show the measurement noise
-    return interleaved(trio(llama, run) | {"none again": lambda: run(again)}, repeats)
+    parts = {
+        "none again": lambda: run(again),
+        "layout": layout_alone(again, {"input_ids": ids, "attention_mask": mask}),
+    }
+    return interleaved(trio(llama, run) | parts, repeats)
 
 
 def compiled_hook(shape, dtype, repeats):
     """Ours compiled against the built-in in eager mode."""
     ids, mask = layout(*shape[:2], uniform=False)
-
-    def make():
-        embedding = Ready(2, shape[2], device="meta")
-        embedding.output = torch.zeros(shape, dtype=dtype, device=DEVICE)
-        return Model(embedding).train()
-
-    candidates = trio(make, lambda model: model(ids, mask))
-    ours = make()
+    candidates = trio(lambda: ready_model(shape, dtype), lambda model: model(ids, mask))
+    ours = ready_model(shape, dtype)
     attach(ours, neftune_noise_alpha=5.0)
     compiled = torch.compile(ours)
     return interleaved(candidates | {"ours": lambda: compiled(ids, mask)}, repeats)
@@ -251,9 +266,10 @@ def measure(part, data, repeats):
                             continue
                         torch._dynamo.reset()
                         times = compiled_hook(shape, dtype, repeats)
+                    elif part == "hook":
+                        times = interleaved(hooks_alone(shape, dtype, uniform), repeats)
                     else:
-                        function = {"hook": hook_alone, "embedding": embedding_forward_backward}[part]
-                        times = function(shape, dtype, uniform, repeats)
+                        times = embedding_forward_backward(shape, dtype, uniform, repeats)
                     rows.append(about | times)
     for row in rows:
         row["built-in / ours"] = row["built-in"] / row["ours"]
@@ -263,6 +279,7 @@ def measure(part, data, repeats):
             row["none again / none"] = row["none again"] / row["none"]
         if "copy" in row:
             row["ours / copy"] = row["ours"] / row["copy"]
+        if "layout" in row:
             row["layout / ours"] = row["layout"] / row["ours"]
     return rows
 
