@@ -232,7 +232,7 @@ def test_quantised_bases_and_gradient_checkpointing(bits, checkpointing, model_f
         )
         torch.manual_seed(0)
         model = get_peft_model(base, lora(init_lora_weights=False)).train()
-        given = batch(model)
+        given = {name: tensor.to(model.device) for name, tensor in batch(model).items()}
         with attach(model, neftune_noise_alpha=5) as handle:
             model(**given, labels=given["input_ids"]).loss.backward()
             assert list(handle.noised_steps.values()) == [1]

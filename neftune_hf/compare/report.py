@@ -156,7 +156,7 @@ def _difference(values: np.ndarray, baseline: np.ndarray, kind: str) -> Interval
     if kind != "relative":
         return mean_interval((100 if kind == "absolute" else 1) * (values - baseline))
     estimate, low, high, p_value = mean_interval(linearised_log_ratio(values, baseline))
-    estimate, low, high = (100 * math.expm1(value) for value in (estimate, low, high))
+    estimate, low, high = (100 * float(np.expm1(value)) for value in (estimate, low, high))
     return Interval(estimate, low, high, p_value)
 
 
