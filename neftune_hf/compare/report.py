@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import math
 from pathlib import Path
 from typing import Any
 
