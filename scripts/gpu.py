@@ -28,6 +28,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from neftune_hf import add_noise, attach, kernels, noise_key, sequence_layout
+from neftune_hf.compare.runs import setting_name
 from neftune_hf.kernels import add_noise_to_call, is_proven, kernel_for
 from neftune_hf.layout import CallArguments, arguments_of_call, layout_of_call
 from neftune_hf.noise import SequenceLayout
@@ -576,7 +577,10 @@ def compare(options, folder, size, lengths, alphas):
         for key, run in finished(folder, size).items():
             if key not in before:
                 loss = statistics.fmean(run["losses"]["held_out"])
-                print(f"{size} records, {run['name']}, seed {run['seed']}: held-out loss {loss:.4f}", flush=True)
+                print(
+                    f"{size} records, {setting_name(run['setting'])}, seed {run['seed']}: held-out loss {loss:.4f}",
+                    flush=True,
+                )
                 before.add(key)
         if all(ended):
             break
@@ -595,7 +599,9 @@ def summary(runs, settings):
     seeds = [seed for seed in SEEDS if all((*setting, seed) in runs for setting in settings)]
     if len(settings) < 2 or not seeds:
         return None
-    return summarise([runs[*setting, seed] for setting in settings for seed in seeds])
+    chosen = [runs[*setting, seed] for setting in settings for seed in seeds]
+    plan = {"settings": list(dict.fromkeys(setting_name(run["setting"]) for run in chosen)), "seeds": list(SEEDS)}
+    return summarise(chosen, plan)
 
 
 def equal_power_alpha(runs):
