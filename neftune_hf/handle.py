@@ -291,6 +291,8 @@ class NEFTuneHandle:
         self._argument_recorders = [recorder.uninstall() for recorder in reversed(self._argument_recorders)][::-1]
         self._recorder.is_on = False
         self._recorder.running.clear()
+        for hook in self._hooks:
+            hook.first_passes.clear()
         _attached.discard(self)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -3,9 +3,9 @@
 A Trainer has one owner: the `NEFTuneCallback` in its list of callbacks. The patches ask for it in that list, so they
 see callbacks that were added late, copied or unpickled, and Trainers that were made earlier. They are:
 
-- `Trainer.neftune_noise_alpha` is None for a Trainer with an owner, which keeps transformers' built-in off. Letting it
-  activate and then removing it is not enough: it raises AttributeError on some models, and stays on the model if
-  `train()` fails early.
+- `Trainer.neftune_noise_alpha` is None for a Trainer with an owner, which keeps transformers' built-in off, and
+  `neftune_hook_handle` is one that removes nothing. Letting the built-in activate and then removing it is not enough:
+  it raises AttributeError on some models, and stays on the model if `train()` fails early.
 - `CallbackHandler.on_init_end` and `on_train_begin` settle the owner, and `on_train_begin` removes hooks that an
   interrupted run left on the model.
 - `CallbackHandler.on_log` adds NEFTune's metrics before any reporter sees the log.
@@ -14,10 +14,12 @@ They are installed while an owner exists or `patch_transformers` is in force, an
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.trainer_callback import CallbackHandler
@@ -27,7 +29,7 @@ from .handle import attached_handle
 
 _users = 0  # owners that exist, and `patch_transformers` if it is in force
 _fallback: "Callable[[], TrainerOwner] | None" = None  # makes the owner of a Trainer that has alpha and no owner
-_replaced: dict[tuple[type, str], Any] = {}  # what the patches replaced
+_installed: dict[tuple[type, str], tuple[Any, Any]] = {}  # each patch, and what it replaced
 
 
 class TrainerOwner(TrainerCallback):
@@ -96,7 +98,7 @@ def acquire() -> None:
     if _users > 1:
         return
     for (owner, name), patch in _patches().items():
-        _replaced[owner, name] = vars(owner).get(name)
+        _installed[owner, name] = patch, vars(owner).get(name)
         setattr(owner, name, patch)
 
 
@@ -106,14 +108,12 @@ def release() -> None:
     _users -= 1
     if _users:
         return
-    for (owner, name), original in _replaced.items():
-        if getattr(vars(owner).get(name), "__module__", __name__) != __name__:
-            continue
-        if original is None:
+    for (owner, name), (patch, original) in _installed.items():
+        if vars(owner).get(name) is patch and original is None:
             delattr(owner, name)
-        else:
+        elif vars(owner).get(name) is patch:
             setattr(owner, name, original)
-    _replaced.clear()
+    _installed.clear()
 
 
 def set_fallback(fallback: Callable[[], TrainerOwner] | None) -> None:
@@ -158,4 +158,5 @@ def _patches() -> dict[tuple[type, str], Any]:
         (CallbackHandler, "on_train_begin"): train_begin,
         (CallbackHandler, "on_log"): log,
         (Trainer, "neftune_noise_alpha"): property(alpha, set_alpha),
+        (Trainer, "neftune_hook_handle"): RemovableHandle(OrderedDict()),  # for an owner that left in mid-run
     }

@@ -175,7 +175,7 @@ PLACEHOLDERS = {
 }
 
 
-@pytest.mark.parametrize("model_type", PLACEHOLDERS)
+@pytest.mark.parametrize("model_type", sorted(PLACEHOLDERS.keys() & CONFIG_MAPPING.keys()))
 def test_placeholders_are_found_wherever_the_config_has_them(model_type):
     config = CONFIG_MAPPING[model_type]()
     expected = set()

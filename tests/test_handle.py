@@ -415,6 +415,18 @@ def test_nothing_recorded_outlives_its_step(how):
             assert not any(reference() is not None for reference in alive)
 
 
+def test_a_step_that_is_left_open_keeps_no_batch_after_removal():
+    model = tiny_llama().train()
+    handle = attach(model, neftune_noise_alpha=5)
+    ids = IDS.clone()
+    reference = weakref.ref(ids)
+    model(input_ids=ids, attention_mask=BATCH["attention_mask"])
+    del ids
+    handle.remove()
+    gc.collect()
+    assert reference() is None
+
+
 def test_a_finished_handle_is_pickled_without_the_model_and_does_not_keep_it():
     model = tiny_llama().train()
     with attach(model, neftune_noise_alpha=5) as handle:

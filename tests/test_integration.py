@@ -160,6 +160,22 @@ def test_the_built_in_works_in_a_trainer_after_a_run_of_ours(ours, tmp_path):
     assert leftovers(model) == []
 
 
+def test_an_owner_that_leaves_in_mid_run_leaves_no_error(tmp_path):
+    callback = NEFTuneCallback(**ALPHA_5)
+
+    class Leave(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                self.trainer.remove_callback(callback)
+
+    model = tiny_llama()
+    leave, probe = Leave(), Probe(model)
+    leave.trainer = make(tmp_path, model=model, alpha=5, callbacks=[callback, leave])
+    train(leave.trainer)
+    assert [torch.equal(noised, clean) for _, noised, clean in probe.training] == [False, False, True, True]
+    assert leftovers(model) == []
+
+
 def patches():
     names = "on_init_end", "on_train_begin", "on_log"
     return [vars(CallbackHandler)[name] for name in names] + [vars(Trainer).get("neftune_noise_alpha")]

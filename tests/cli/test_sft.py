@@ -171,7 +171,7 @@ WORST = {
     "optim_args": ["text"], "report_to": ["no-such"], "dtype": ["no-such"], "attn_implementation": ["no-such"],
     "gradient_checkpointing_kwargs": ["text"], "model_init_kwargs": ["text"],
     "chat_template_path": ["no-such"], "eos_token": ["no-such"],
-    "logging_dir": ["FILE/x"], "torch_empty_cache_steps": [-1], "neftune_noise_alpha": [-1, math.nan],
+    "torch_empty_cache_steps": [-1], "neftune_noise_alpha": [-1, math.nan],
 }  # fmt: skip
 
 
