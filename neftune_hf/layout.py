@@ -212,23 +212,23 @@ def arguments_of_call(arguments: Mapping[str, Any], ids: torch.Tensor, site: Emb
     Raises:
         NEFTuneError: `position_ids` are wider than the ids, which are thus a part of every sequence.
     """
-    given = {name: arguments.get(name) for name in LAYOUT_ARGUMENTS}
-    if isinstance(mask := given["attention_mask"], Mapping):  # one mask per attention type
-        given["attention_mask"] = mask.get("full_attention", mask)
-    ids = _as_rows(ids, given["attention_mask"], site)
+    values = {name: arguments.get(name) for name in LAYOUT_ARGUMENTS}
+    if isinstance(mask := values["attention_mask"], Mapping):  # one mask per attention type
+        values["attention_mask"] = mask.get("full_attention", mask)
+    ids = _as_rows(ids, values["attention_mask"], site)
     input_ids = arguments.get("input_ids")
     is_other = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # such as ids that LED pads
-    cu_seqlens = given["cu_seq_lens_q"]
+    cu_seqlens = values["cu_seq_lens_q"]
     fitting = (
-        _fitting_mask(given["attention_mask"], ids, is_other),
-        _fitting_positions(given["position_ids"], ids, is_other, site),
+        _fitting_mask(values["attention_mask"], ids, is_other),
+        _fitting_positions(values["position_ids"], ids, is_other, site),
         cu_seqlens if _is_tensor(cu_seqlens, 1) and len(cu_seqlens) > 1 and not is_other else None,
     )
     call = CallArguments(ids, *fitting, is_time_major=site.is_time_major)
     if not call.is_known:
         call = _without_mask(call, arguments.get("labels"), is_other, site)
     is_known = call.is_known or call.token_mask is not None
-    pairs = zip(given.items(), fitting, strict=True)
+    pairs = zip(values.items(), fitting, strict=True)
     unknown = [_described(name, value) for (name, value), fits in pairs if fits is None and value is not None]
     if not is_known or (unknown and not is_other):
         _warn_of_arguments(", ".join(unknown), is_known)
