@@ -227,6 +227,7 @@ def test_a_trainers_list_of_callbacks_is_as_the_user_made_it(tmp_path):
     assert kinds == [type(callback) for callback in make(tmp_path).callback_handler.callbacks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["added", "unpickled", "copied"])
 def test_reporters_see_the_metrics_of_a_callback_however_it_came(how, tmp_path):
     """As the first of its process, which the Trainer is older than."""
