@@ -316,11 +316,7 @@ class NEFTuneHandle:
         """A copy or pickle has the settings and the step, and no model."""
         copied = {"config": self.config, "step": self.step, "alpha": self.alpha}
         empty = {"sites": [], "_hooks": [], "_argument_recorders": [], "_removables": [], "_recorder": CallRecorder()}
-        return self.__dict__ | empty | copied | {"_root": _no_model}
-
-
-def _no_model() -> None:
-    return None
+        return self.__dict__ | empty | copied | {"_root": type(None)}  # returns None
 
 
 def decibels(power_sums: torch.Tensor) -> float | None:
