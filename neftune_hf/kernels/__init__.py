@@ -173,6 +173,8 @@ def _measure(embeddings: torch.Tensor, layout: SequenceLayout, alpha: torch.Tens
     """Add the powers of the real tokens: alpha^2 / (3 L) for the noise's expectation, the squared norms of e."""
     is_real = layout.lengths > 0
     noise = (is_real / layout.lengths.clamp(min=1).float()).sum() * alpha.square() / 3
-    wide = torch.promote_types(embeddings.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(embeddings.detach(), dim=-1, dtype=wide)
+    # Summed in float32 and rounded to the embeddings' dtype: with `dtype=` a CPU would first copy them in float32.
+    norms = torch.linalg.vector_norm(embeddings.detach(), dim=-1).to(
+        torch.promote_types(embeddings.dtype, torch.float32)
+    )
     power_sums.add_(torch.stack([noise, torch.where(is_real, norms.square(), 0).sum().float()]))
