@@ -118,6 +118,7 @@ def run(folder, processes: int, prefixes: tuple[str, ...], **environment: str) -
         assert not failed, f"{list(failed)} on rank {rank}; the first: {next(iter(failed.values()))}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_two_processes_have_the_bits_of_one(tmp_path, group):
     run(tmp_path, 2, GROUPS[group])

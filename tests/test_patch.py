@@ -61,6 +61,7 @@ def test_after_a_fault_the_patchs_next_run_is_right(tmp_path, patched):
     assert leftovers(model) == []
 
 
+@pytest.mark.slow
 def test_trls_own_command_with_the_patch(tmp_path, model_folder):
     rows = [{"prompt": "Say one.", "completion": " one"}, {"prompt": "Say twenty.", "completion": " twenty"}] * 4
     folder = tmp_path / "set"

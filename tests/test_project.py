@@ -17,6 +17,7 @@ def loaded_by(code: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
+@pytest.mark.slow
 def test_import_is_light_and_the_test_can_see_what_is_not():
     assert loaded_by("import neftune_hf") == set()
     assert loaded_by("from neftune_hf import attach, add_noise, NEFTuneConfig") == {"torch"}

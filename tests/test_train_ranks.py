@@ -25,6 +25,7 @@ def train(folder, processes: int, setup: str = "ddp", phase: str = "run", **opti
     return torch.load(folder / f"{phase}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setup", ["fsdp1", "fsdp2", pytest.param("cp", marks=pytest.mark.slow), "zero2", "zero3", "sp"]
 )
