@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from neftune_hf import NEFTuneCallback
 from neftune_hf.cli import main, recipes
-from neftune_hf.cli.data import load_instructions, to_prompt_completion
+from neftune_hf.cli.data import literal_source, load_instructions, to_prompt_completion
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
 from ..helpers import COMMON, losses
@@ -256,6 +256,36 @@ def test_a_file_in_a_mixture_is_read_and_no_other(form, config, runs, tmp_path):
     assert len(runs[0].train_dataset) == 3
 
 
+@pytest.mark.parametrize("name", ["set[1]", "set*", "set?"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda folder: {"path": folder},
+        lambda folder: {"path": folder, "data_dir": "data"},
+        lambda folder: {"path": "json", "data_dir": folder},
+        lambda folder: {"path": folder, "data_files": "data/part[1].jsonl"},
+        lambda folder: {"path": folder, "data_files": "data/*.jsonl"},
+        lambda folder: {"path": "json", "data_dir": folder, "data_files": {"train": ["data/part[1].jsonl"]}},
+    ],
+)
+def test_a_folder_in_a_mixture_is_read_and_no_other(part, name, config, runs, tmp_path):
+    """As a pattern, each folder is also set1, and each file also part1.jsonl."""
+    for folder, file, count in (("set1", "part[1]", 8), ("set1", "part1", 8), (name, "part[1]", 3)):
+        (tmp_path / folder / "data").mkdir(parents=True, exist_ok=True)
+        write(tmp_path / folder / "data" / f"{file}.jsonl", records("tatsu-lab/alpaca", count))
+    parts = [part(str(tmp_path / name))]
+    assert main(["sft", "--config", config(dataset_name=None, datasets=parts)]) == 0
+    assert len(runs[0].train_dataset) == 3
+
+
+def test_a_data_set_on_the_hub_keeps_its_file_names(tmp_path, monkeypatch):
+    """They are relative to the data set, even where a local file has the same name."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "part.jsonl", RECORDS)
+    source = {"path": "some/set", "data_dir": "data", "data_files": ["part.jsonl", "*.json"]}
+    assert literal_source(**source) == source
+
+
 def test_a_mixture_that_is_streamed(config, runs, tmp_path, capsys):
     parts = [
         {"path": "json", "data_files": write(tmp_path / f"{count}.jsonl", records("tatsu-lab/alpaca", count))}
@@ -269,8 +299,8 @@ def test_a_mixture_that_is_streamed(config, runs, tmp_path, capsys):
 def test_a_configuration_of_a_dataset(config, runs, tmp_path, monkeypatch):
     asked = []
 
-    def load(name, config=None, streaming=False):
-        asked.append((name, config, streaming))
+    def load(path, name=None, streaming=False, **files):
+        asked.append((path, name, streaming))
         return datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS))
 
     monkeypatch.setattr("neftune_hf.cli.data.datasets.load_dataset", load)
