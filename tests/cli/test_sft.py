@@ -11,7 +11,7 @@ import yaml
 from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from neftune_hf import NEFTuneCallback
+from neftune_hf import NEFTuneCallback, NEFTuneSFTTrainer
 from neftune_hf.cli import main, recipes
 from neftune_hf.cli.data import literal_source, load_instructions, to_prompt_completion
 
@@ -55,7 +55,10 @@ def config(tmp_path, model_folder):
 
 def test_the_command_is_the_same_run_as_in_python(config, runs, tmp_path, capsys):
     assert main(["sft", "--config", config()]) == 0
-    assert main(["sft", "--config", config(neftune_noise_alpha=None), "--neftune_noise_alpha", "5"]) == 0
+    again = ["sft", "--config", config(neftune_noise_alpha=None), "--neftune_noise_alpha", "5"]
+    assert main(again) == 2
+    assert "has model.safetensors of an earlier run" in capsys.readouterr().err
+    assert main([*again, "--overwrite_output_dir"]) == 0
     data = to_prompt_completion(load_instructions(str(tmp_path / "set.json"))["train"], "set", True)
     python = SFTTrainer(
         tiny_llama(), SFTConfig(output_dir=str(tmp_path), bf16=False, **COMMON), train_dataset=data,
@@ -69,8 +72,33 @@ def test_the_command_is_the_same_run_as_in_python(config, runs, tmp_path, capsys
     assert f"model saved in {tmp_path / 'out'}" in printed
 
 
+@pytest.mark.parametrize("saves", [False, True])
+def test_ctrl_c_says_what_is_kept_and_the_run_goes_on(saves, config, runs, tmp_path, capsys, monkeypatch):
+    step = NEFTuneSFTTrainer.training_step
+
+    def interrupted(trainer, *args):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    settings = {"save_strategy": "steps", "save_steps": 2} if saves else {}
+    with monkeypatch.context() as patch:
+        patch.setattr(NEFTuneSFTTrainer, "training_step", interrupted)
+        assert main(["sft", "--config", config(**settings)]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    if not saves:
+        assert said == "neftune-hf: interrupted. No checkpoint was saved (see `save_strategy` and `save_steps`)."
+        return
+    options = re.search(r"^neftune-hf: interrupted. \S+checkpoint-2 is kept. .* add `(.*)`", said)[1].split()
+    assert main(["sft", "--config", config(**settings)]) == 2
+    assert "has checkpoint-2 of an earlier run" in capsys.readouterr().err
+    assert main(["sft", "--config", config(**settings), *options]) == 0
+    assert main(["sft", "--config", config(output_dir=str(tmp_path / "whole"))]) == 0
+    assert losses(runs[1]) == losses(runs[2])
+
+
 RATIO = re.compile(
-    r"noise          uniform, alpha 5 \(constant\): (\S+) of the embeddings' RMS \(SNR (\S+) dB\), measured on"
+    r"noise          uniform, alpha 5 \(constant\): (\S+) times the embeddings' RMS \(SNR (\S+) dB\), measured on"
 )
 
 
@@ -130,7 +158,8 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
             [],
             ["`max_steps`, or `streaming: false`"],
         ),
-        ({"max_steps": "many"}, [], ["`--max_steps`: invalid int value: 'many'"]),
+        ({"max_steps": "many"}, [], ["`max_steps` in the config file: invalid int value: 'many'"]),
+        ({"max_steps": 5}, ["--max_steps", "many"], ["`--max_steps`: invalid int value: 'many'"]),
         ({"datasets": [{"path": "json", "file": "x"}]}, [], ["unexpected keyword argument 'file'"]),
         ({"datasets": [{"path": "no/where"}]}, [], ["`datasets`: no/where cannot be read"]),
         ({"accelerate_config": "zero9"}, [], ["Accelerate config zero9 is neither"]),
@@ -152,7 +181,7 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"output_dir": str(ROOT / "README.md" / "out")}, [], [f"but {ROOT / 'README.md'} is a file"]),
         ({"seed": -1}, [], ["`seed` is -1; "]),
         ({"seed": 2**64}, [], [f"`seed` is {2**64}; "]),
-        ({}, ["stray"], ["`stray` in the command line"]),
+        ({}, ["stray"], ["`stray` in the command line belongs to no option"]),
         ({}, ["--config"], ["`--config`: expected one argument"]),
     ],
 )
