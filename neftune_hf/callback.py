@@ -194,17 +194,18 @@ class NEFTuneCallback(TrainerOwner):
         if snr_db < 0:
             logger.warning(
                 "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step had %.3g times the RMS of the "
-                "embeddings (SNR %+.1f dB): it is larger than what it is added to. Lower alpha; the paper used 5, 10 "
-                "and 15. `neftune-hf inspect MODEL` prints the ratio before a run.",
+                "embeddings (SNR %+.1f dB): it is larger than what it is added to. With these sequences, an alpha of "
+                "%.2g is 10 dB below the embeddings.",
                 alpha,
                 10 ** (-snr_db / 20),
                 snr_db,
+                alpha * 10 ** ((snr_db - 10) / 20),
             )
         elif snr_db > rounding_snr_db(dtype):
             logger.warning(
                 "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step was below half a unit in the last "
                 "place of the embeddings in %s (SNR %+.1f dB), so rounding removes most of it. Raise alpha; the paper "
-                "used 5, 10 and 15. `neftune-hf inspect MODEL` prints the ratio before a run.",
+                "used 5, 10 and 15.",
                 alpha,
                 str(dtype).removeprefix("torch."),
                 snr_db,
