@@ -51,7 +51,7 @@ def write_report(folder: Path, runs: list[dict[str, Any]], plan: dict[str, Any])
         autoescape=lambda name: "html" in str(name), trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     content = {"r": results, "rows": _rows(results), "completions": _side_by_side(runs)}
-    figures = draw(by_setting(runs), _judged(results))
+    figures = draw(by_setting(runs), judged(results))
     for name in ("report.html", "report.md"):
         page = templates.get_template(f"{name}.jinja").render(content, figures=figures)
         folder.joinpath(name).write_text(page, encoding="utf-8")
@@ -162,7 +162,7 @@ def _difference(values: np.ndarray, baseline: np.ndarray, kind: str) -> Interval
     return Interval(estimate, low, high, p_value)
 
 
-def _judged(results: dict[str, Any]) -> list[dict[str, Any]]:
+def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The metrics to draw conclusions from: without the length of completions if the limit cut off half of them."""
     return [metric for metric in results["metrics"] if metric["key"] != "tokens" or results["limit_met"] < 0.5]
 
@@ -176,7 +176,7 @@ def _noise(setting: dict[str, Any]) -> str:
 
 def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
     """One sentence on a setting: the differences found, or how large a difference would have been found."""
-    by_key = {metric["key"]: metric for metric in _judged(results)}
+    by_key = {metric["key"]: metric for metric in judged(results)}
     loss: Interval = by_key["held_out"]["differences"][name]
     change = _change(loss, "relative")
     if loss.excludes_zero:
@@ -206,7 +206,7 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
 def _corrected(results: dict[str, Any]) -> list[str]:
     """For each metric of the verdicts, which settings differ after Holm's correction for the number of settings."""
     lines = []
-    for metric in _judged(results):
+    for metric in judged(results):
         if metric["key"] in ("held_out", "training", "tokens") or metric["key"] not in _METRICS:
             differences = metric["differences"]
             differs, p_values, *_ = multipletests([found.p_value for found in differences.values()], method="holm")
