@@ -75,7 +75,6 @@ class NEFTuneCallback(TrainerOwner):
 
     _level = logging.INFO  # of the message logged when a run begins
 
-    _level = logging.INFO  # of the message logged when a run begins
     handle: NEFTuneHandle | None = None
     run: NEFTuneRun | None = None
     can_pass_twice = False  # set by NEFTuneTrainerMixin
