@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig, SFTTrainer
 
 from .config import FIELDS, NEFTuneConfig
+from .noise import NOISE_TYPES
 from .trainer import NEFTuneTrainerMixin
 
 
@@ -29,7 +30,7 @@ class NEFTuneSFTConfig(SFTConfig):
     """
 
     neftune_noise_type: str = field(
-        default="uniform", metadata={"help": "Distribution of the noise: uniform, gaussian or bernoulli."}
+        default="uniform", metadata={"help": f"Distribution of the noise: {', '.join(NOISE_TYPES)}."}
     )
     neftune_length: str = field(
         default="sequence",
