@@ -3,12 +3,12 @@
 import logging
 import warnings
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import nn
 
-from .config import NEFTuneConfig, merge
+from .config import NEFTuneConfig, NEFTuneFields, merge
 from .distributed import sum_over_ranks
 from .errors import NEFTuneError, NEFTuneWarning
 from .handle import NEFTuneHandle, decibels
@@ -74,17 +74,15 @@ class NEFTuneCallback(TrainerOwner):
     """
 
     _level = logging.INFO  # of the message logged when a run begins
-
-    _level = logging.INFO  # of the message logged when a run begins
     handle: NEFTuneHandle | None = None
     run: NEFTuneRun | None = None
     can_pass_twice = False  # set by NEFTuneTrainerMixin
     _snr_db: float | None = None  # over all ranks, for the next log
     _is_first_step = False
 
-    def __init__(self, **fields: Any):
+    def __init__(self, **fields: Unpack[NEFTuneFields]):
         NEFTuneConfig(**fields)
-        self.fields = fields
+        self.fields: dict[str, Any] = {**fields}
 
     def on_init_end(self, args, state, control, **kwargs):
         merge(self.fields, args)
@@ -192,23 +190,16 @@ class NEFTuneCallback(TrainerOwner):
         dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
         if snr_db < 0:
-            logger.warning(
-                "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step had %.3g times the RMS of the "
-                "embeddings (SNR %+.1f dB): it is larger than what it is added to. Lower alpha; the paper used 5, 10 "
-                "and 15. `neftune-hf inspect MODEL` prints the ratio before a run.",
-                alpha,
-                10 ** (-snr_db / 20),
-                snr_db,
-            )
+            size, advice = f"{10 ** (-snr_db / 20):.3g} times the RMS of the embeddings", "Lower"
         elif snr_db > rounding_snr_db(dtype):
-            logger.warning(
-                "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step was below half a unit in the last "
-                "place of the embeddings in %s (SNR %+.1f dB), so rounding removes most of it. Raise alpha; the paper "
-                "used 5, 10 and 15. `neftune-hf inspect MODEL` prints the ratio before a run.",
-                alpha,
-                str(dtype).removeprefix("torch."),
-                snr_db,
-            )
+            size = "mostly lost in rounding: below half a unit in the last place of the embeddings in "
+            size, advice = size + str(dtype).removeprefix("torch."), "Raise"
+        else:
+            return
+        logger.warning(
+            f"NEFTune: with `neftune_noise_alpha` {alpha:g}, the noise in the first step was {size} (SNR {snr_db:+.1f} "
+            f"dB). {advice} alpha; the paper used 5, 10 and 15. `neftune-hf inspect MODEL` prints the SNR before a run."
+        )
 
     def _record_run(self) -> None:
         if (handle := self.handle) is not None:

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import re
+from typing import Unpack
 
 import numpy as np
 import pytest
 from transformers import TrainingArguments
 
-from neftune_hf import NEFTuneConfig, NEFTuneError, NEFTuneSFTConfig, attach
-from neftune_hf.config import CHOICES, FIELDS, merge
+from neftune_hf import NEFTuneCallback, NEFTuneConfig, NEFTuneError, NEFTuneSFTConfig, attach
+from neftune_hf.config import CHOICES, FIELDS, NEFTuneFields, merge
 from neftune_hf.errors import NEFTuneConfigError
 
 from .conftest import ROOT, leftovers, tiny_llama
@@ -91,6 +92,14 @@ def test_the_two_configs_have_the_same_fields():
             assert re.search(rf"\b{choice}\b", trls[name].metadata["help"])
             assert f'"{choice}"' in entries[name]
             assert f"`{choice}`" in rows[name]
+
+
+def test_keyword_arguments_are_the_fields_with_their_types():
+    assert list(NEFTuneFields.__annotations__.items()) == [
+        (field.name, field.type) for field in dataclasses.fields(NEFTuneConfig)
+    ]
+    for function in (attach, NEFTuneCallback.__init__):
+        assert function.__annotations__["fields"] == Unpack[NEFTuneFields]
 
 
 def test_settings_are_taken_as_python_numbers():
