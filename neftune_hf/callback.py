@@ -190,15 +190,17 @@ class NEFTuneCallback(TrainerOwner):
         dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
         if snr_db < 0:
-            size, advice = f"{10 ** (-snr_db / 20):.3g} times the RMS of the embeddings", "Lower"
+            size = f"{10 ** (-snr_db / 20):.3g} times the RMS of the embeddings"
+            good = alpha * 10 ** ((snr_db - 10) / 20)
+            advice = f"With these sequences, an alpha of {good:.2g} is 10 dB below the embeddings."
         elif snr_db > rounding_snr_db(dtype):
-            size = "mostly lost in rounding: below half a unit in the last place of the embeddings in "
-            size, advice = size + str(dtype).removeprefix("torch."), "Raise"
+            size = f"below half a unit in the last place of the embeddings in {str(dtype).removeprefix('torch.')}"
+            advice = "Rounding removes most of it. Raise alpha; the paper used 5, 10 and 15."
         else:
             return
         logger.warning(
             f"NEFTune: with `neftune_noise_alpha` {alpha:g}, the noise in the first step was {size} (SNR {snr_db:+.1f} "
-            f"dB). {advice} alpha; the paper used 5, 10 and 15. `neftune-hf inspect MODEL` prints the SNR before a run."
+            f"dB). {advice}"
         )
 
     def _record_run(self) -> None:

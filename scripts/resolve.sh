@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check that this package resolves together with each tool in docs/tools.md. Nothing is installed. The lower bounds keep
 # the resolver from picking years-old versions of a tool that had no bounds yet.
-source "$(dirname "$0")/_environment.sh"
+source "$(dirname "$0")/_environment.sh" dev
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 while read -r extra tool; do

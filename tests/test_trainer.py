@@ -25,24 +25,35 @@ class Interrupt(TrainerCallback):
 EVENTS = ["on_train_begin", "on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save"]
 
 
+def make_of(kind, folder, model=None, **settings):
+    if kind == "mixin":
+        return make(folder, MixedTrainer, model=model, alpha=5, **settings)
+    callbacks = [NEFTuneCallback(neftune_noise_alpha=5)] if kind == "callback" else []
+    return make(folder, model=model, callbacks=callbacks, **settings)
+
+
+@pytest.fixture(scope="module")
+def losses_without_a_fault(tmp_path_factory):
+    trainers = {kind: make_of(kind, tmp_path_factory.mktemp(kind)) for kind in ("mixin", "callback", "plain")}
+    for trainer in trainers.values():
+        train(trainer)
+    return {kind: losses(trainer) for kind, trainer in trainers.items()}
+
+
 @pytest.mark.parametrize(
     ("kind", "error"), [("mixin", KeyboardInterrupt), ("mixin", RuntimeError), ("callback", RuntimeError)]
 )
 @pytest.mark.parametrize("where", [*EVENTS, "forward", "backward", "collator"])
-def test_after_a_fault_the_model_is_clean_and_the_next_run_is_right(tmp_path, where, kind, error):
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-
-    def noisy(folder, model=None):
-        if kind == "mixin":
-            return make(tmp_path / folder, MixedTrainer, model=model, alpha=5, **settings)
-        callbacks = [NEFTuneCallback(neftune_noise_alpha=5)]
-        return make(tmp_path / folder, model=model, callbacks=callbacks, **settings)
-
+def test_after_a_fault_the_model_is_clean_and_the_next_run_is_right(
+    tmp_path, losses_without_a_fault, where, kind, error
+):
+    settings = {"eval_strategy": "steps", "eval_steps": 1} if where == "on_evaluate" else {}
+    settings |= {"save_strategy": "steps", "save_steps": 1} if where == "on_save" else {}
     model = tiny_llama()
     start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def break_a_run():
-        trainer, broken = noisy("broken", model), None
+        trainer, broken = make_of(kind, tmp_path / "broken", model, **settings), None
         if where in EVENTS:
             trainer.add_callback(Interrupt(where, error))
         elif where == "collator":
@@ -60,17 +71,15 @@ def test_after_a_fault_the_model_is_clean_and_the_next_run_is_right(tmp_path, wh
     break_a_run()
     if kind == "mixin":
         assert leftovers(model) == []
-    again, untouched = noisy("again", model), noisy("untouched")
+    again = make_of(kind, tmp_path / "again", model)
     train(again)
-    train(untouched)
-    assert losses(again) == losses(untouched)
+    assert losses(again) == losses_without_a_fault[kind]
     assert leftovers(model) == []
     model.load_state_dict(start)
     break_a_run()
-    plain, fresh = make(tmp_path / "plain", model=model), make(tmp_path / "fresh")
+    plain = make_of("plain", tmp_path / "plain", model)
     train(plain)
-    train(fresh)
-    assert losses(plain) == losses(fresh)
+    assert losses(plain) == losses_without_a_fault["plain"]
     assert leftovers(model) == []
 
 

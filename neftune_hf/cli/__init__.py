@@ -4,12 +4,14 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import NEFTuneError
+from ..errors import NEFTuneError, how_to_install
 
 _COMMANDS = {
     "sft": "supervised fine-tuning with TRL; takes --config FILE and any field of SFTConfig as an option",
@@ -19,10 +21,6 @@ _COMMANDS = {
     "run": "run a tool with this library in place of transformers' NEFTune: neftune-hf run -- COMMAND ...",
     "env": "print versions for a bug report",
 }
-_EXTRAS = {
-    "trl": "trl", "datasets": "trl", "peft": "peft", "bitsandbytes": "quantized", "ray": "ray", "lm_eval": "lm-eval",
-} | dict.fromkeys(("jinja2", "matplotlib", "rouge_score", "sacrebleu", "scipy", "statsmodels"), "compare")  # fmt: skip
-
 # Modules that hand the user's settings to other libraries, which refuse them with errors of any kind. Called from
 # elsewhere, with values of our own, they refuse a setting only with a `ValueError`.
 _HAND_OVER = tuple(f"neftune_hf.{module}" for module in ("cli", "compare", "sft", "trainer"))
@@ -30,6 +28,8 @@ _HAND_OVER = tuple(f"neftune_hf.{module}" for module in ("cli", "compare", "sft"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `neftune-hf`. The exit status is 0, or 2 with one line on stderr for an error that the user can fix.
+
+    Ctrl-C ends a command with the status 130 and one line that says what is kept.
 
     Those are errors that this library raises on purpose, errors of the operating system, and what other libraries raise
     when a command hands them a setting. Any other exception is a bug and shows its traceback.
@@ -46,22 +46,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     # Log on rank 0 only: the messages are the same in every process.
     logging.getLogger("neftune_hf").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    default, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         importlib.import_module(f".{command}", __name__).run(rest)
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nneftune-hf: interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        return 130
     except Exception as error:
-        if (message := _one_line(error)) is None:
+        if (message := _one_line(error, command)) is None:
             raise
         print(f"neftune-hf: {message}", file=sys.stderr)
         return 2
+    finally:
+        sys.unraisablehook = default
     return 0
 
 
-def _one_line(error: Exception) -> str | None:
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Python drops a KeyboardInterrupt that it raises in a destructor or a callback of C code: send it once more."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _one_line(error: Exception, command: str) -> str | None:
     """What to print for an error; None if it is a bug of ours, whose traceback is to be seen."""
     if isinstance(error, NEFTuneError):
         return f"{type(error).__name__}: {error}"
-    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
-        return f'{error.name} is not installed: pip install "neftune_hf[{_EXTRAS[error.name]}]"'
+    if isinstance(error, ModuleNotFoundError) and error.name and (remedy := how_to_install(error.name, command)):
+        return f"{error.name} is not installed: {remedy}"
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {text}"

@@ -69,26 +69,47 @@ def load_instructions(
     ['instruction', 'input', 'output']
     ```
     """
-    path, reader, files = Path(name), name, {}
-    if path.is_file():
-        if path.suffix not in _READERS:
-            raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
-        reader, files = _READERS[path.suffix], {"data_files": literal_path(name)}
-    elif path.suffix in _READERS and not path.is_dir():
+    path = Path(name)
+    if path.suffix in _READERS and not path.exists():
         raise DatasetError(f"`{argument}`: there is no file {name}.")
-    elif path.is_dir() and glob.has_magic(str(path.resolve())):  # datasets would read the folder's name as a pattern
-        reader = "parquet" if any(path.rglob("*.parquet")) else "json"
-        files = {"data_dir": glob.escape(str(path.resolve()))}
+    if path.is_file() and path.suffix not in _READERS:
+        raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
+    is_file = path.is_file()
+    source = literal_source(_READERS[path.suffix], None, name) if is_file else literal_source(name)
     with dataset_errors(argument, name):
-        splits = datasets.load_dataset(reader, config, streaming=streaming, **files)
+        splits = datasets.load_dataset(name=config, streaming=streaming, **source)
         for data in splits.values() if path.exists() else ():
             next(iter(data))  # a stream reports only now that it is malformed or empty
     return splits
 
 
-def literal_path(name: str) -> str:
-    """`name`, for datasets, which reads it as a glob pattern: a path that exists is that file and no other."""
-    return glob.escape(str(Path(name).absolute())) if Path(name).exists() else name
+def literal_source(path: str, data_dir: str | None = None, data_files: Any = None) -> dict[str, Any]:
+    """The arguments `path`, `data_dir` and `data_files` of `datasets.load_dataset`, which reads them as glob patterns.
+
+    A file or folder that exists is that one and no other, whatever its name; other names remain patterns.
+    """
+    is_folder, is_reader = Path(path).is_dir(), "/" not in path
+    folder = Path(path if is_folder else "", data_dir or "").expanduser().resolve()
+    if data_files is not None:
+        if is_folder or is_reader:
+            data_files = _literal_files(data_files, folder)
+    elif folder.is_dir() and glob.has_magic(str(folder)) and (is_folder or (is_reader and data_dir)):
+        data_dir = glob.escape(str(folder))
+        if is_folder:  # only a reader takes a `data_dir` with escapes
+            path = "parquet" if any(folder.rglob("*.parquet")) else "json"
+    return {"path": path, "data_dir": data_dir, "data_files": data_files}
+
+
+def _literal_files(names: Any, folder: Path) -> Any:
+    """`data_files`, a name, a list, or either for each split; relative names are relative to `folder`."""
+    if isinstance(names, dict):
+        return {split: _literal_files(part, folder) for split, part in names.items()}
+    if isinstance(names, list):
+        return [_literal_files(name, folder) for name in names]
+    if (folder / names).exists():
+        return glob.escape(str(folder / names))
+    is_relative = "://" not in names and not Path(names).is_absolute()
+    return f"{glob.escape(str(folder))}/{names}" if is_relative else names
 
 
 def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: bool) -> datasets.Dataset:

@@ -170,7 +170,7 @@ def _as_text(reports: list[dict[str, Any]]) -> str:
         rms = report["embedding_rms"]
         lines += [f"  embedding RMS   {'unknown (no weights)' if rms is None else f'{rms:.4g}'}"]
         for alpha, values in report["alphas"].items():
-            line = f"  alpha {alpha:<4g}      noise RMS {values['noise_rms']:.4g} at {report['length']:g} tokens"
+            line = f"  alpha {alpha:<4g}      noise RMS {values['noise_rms']:.4g} at {report['length']:,.0f} tokens"
             if "snr_db" in values:
                 line += f", SNR {values['snr_db']:+.1f} dB"
             if values.get("lost_in_rounding"):

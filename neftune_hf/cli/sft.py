@@ -1,7 +1,8 @@
 """`neftune-hf sft`: supervised fine-tuning with TRL and NEFTune."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def run(argv: Sequence[str]) -> None:
     script_args, training_args, model_args, mixture, launch = training.parse_arguments(argv, settings)
     if training.maybe_launch("sft", launch, argv):
         return
-    training.check_arguments(script_args, training_args, model_args, mixture)
+    training.check_arguments(script_args, training_args, model_args, mixture, launch.overwrite_output_dir)
 
     tokenizer = training.load_tokenizer(model_args, training_args)
     if training_args.process_index != 0:  # all processes read the same data; one logs about it
@@ -36,10 +37,11 @@ def run(argv: Sequence[str]) -> None:
     test = tests[0] if tests else None
     trainer = training.make_trainer(training_args, model_args, tokenizer, train, test)
     example = next(iter(test)) if test is not None else None
-    before = _completion(example, trainer)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = _completion(example, trainer)
-    trainer.save_model()
+    with _says_what_is_kept(Path(training_args.output_dir)):
+        before = _completion(example, trainer)
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        after = _completion(example, trainer)
+        trainer.save_model()
     # The card links to a data set on the hub; a mixture or a local file has no page there.
     is_local = mixture.datasets or Path(script_args.dataset_name).exists()
     dataset = None if is_local else script_args.dataset_name
@@ -50,6 +52,20 @@ def run(argv: Sequence[str]) -> None:
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
     training.shut_down_distributed()
+
+
+@contextmanager
+def _says_what_is_kept(output_dir: Path) -> Iterator[None]:
+    """Add to a KeyboardInterrupt how to go on from the last checkpoint that was saved whole."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        saved = [file.parent for file in output_dir.glob("checkpoint-*/trainer_state.json")]  # written last
+        if not saved:
+            raise KeyboardInterrupt("No checkpoint was saved (see `save_strategy` and `save_steps`).") from interrupt
+        last = max(saved, key=lambda folder: int(folder.name.split("-")[1]))
+        options = f"`--resume_from_checkpoint {last}`"
+        raise KeyboardInterrupt(f"{last} is kept. To continue from it, add {options} to the command.") from interrupt
 
 
 def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before: str | None, after: str | None) -> str:
@@ -68,7 +84,7 @@ def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before
         noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"
         noise += ", symmetric pairs" if config.neftune_symmetric else ""
         if (db := training.mean_snr_db(trainer)) is not None:
-            noise += f": {10 ** (-db / 20):.3f} of the embeddings' RMS (SNR {db:+.1f} dB), "
+            noise += f": {10 ** (-db / 20):.3g} times the embeddings' RMS (SNR {db:+.1f} dB), "
             noise += "measured on a sample of the training tokens"
         lines.append(f"  noise          {noise}")
     else:

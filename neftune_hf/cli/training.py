@@ -1,8 +1,10 @@
 """What `neftune-hf sft` and `compare` share: arguments, data, the trainer, launching."""
 
 import argparse
+import ast
 import atexit
 import difflib
+import importlib.util
 import logging
 import math
 import os
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import DatasetError, NEFTuneConfigError, first_line
+from ..errors import DatasetError, NEFTuneConfigError, first_line, how_to_install
 from . import recipes
 
 if TYPE_CHECKING:
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from ..sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
 
 _SNR = "neftune/snr_db"
+# The sources of the options' dataclasses, each class before its base.
+_SOURCES = (
+    "neftune_hf/config.py", "trl/trainer/sft_config.py", "trl/trainer/base_config.py", "trl/trainer/model_config.py",
+    "trl/scripts/utils.py", "transformers/training_args.py",
+)  # fmt: skip
 _DESCRIPTION = """Fine-tune with TRL and NEFTune, from a YAML file and the command line, and print a summary.
 
 Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig can be set
@@ -63,6 +70,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="launch with accelerate: a file from `accelerate config`, or the name of one of TRL's, such as fsdp2",
     )
     group.add_argument("--num_processes", type=int, metavar="N", help="number of processes to launch with accelerate")
+    text = "train even if `output_dir` has a model or checkpoint, which may be replaced"
+    group.add_argument("--overwrite_output_dir", action="store_true", help=text)
 
 
 def quiet_third_party_warnings() -> None:
@@ -77,7 +86,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def read_config(argv: Sequence[str]) -> dict[str, Any]:
-    """Refuse missing or malformed files before importing TRL, which takes seconds.
+    """Refuse missing settings, unknown names and missing or malformed files before importing TRL, which takes seconds.
 
     Returns:
         `dict`: The contents of the YAML file.
@@ -85,13 +94,52 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("--config")
-    parser.add_argument("--dataset_name", "--dataset-name")
-    options, _ = parser.parse_known_args(argv)
+    for name in ("model_name_or_path", "dataset_name", "datasets"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    options, words = parser.parse_known_args(argv)
     settings = recipes.read_yaml(options.config, "config") if options.config is not None else {}
-    name = options.dataset_name or settings.get("dataset_name")
+    if {"-h", "--help"} & set(words):
+        return settings
+    _add_options(options_of_command := argparse.ArgumentParser(add_help=False))
+    if fields := _field_names():
+        _refuse_unknown(words, settings, fields | {action.dest for action in options_of_command._actions})
+    given = settings | {name: value for name, value in vars(options).items() if value}
+    name = given.get("dataset_name")
     if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")) and not Path(name).exists():
         raise DatasetError(f"`dataset_name`: there is no file {name}.")
+    if not given.get("model_name_or_path") or not (given.get("dataset_name") or given.get("datasets")):
+        raise NEFTuneConfigError(
+            "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."
+        )
     return settings
+
+
+def _refuse_unknown(words: Sequence[str], settings: dict[str, Any], known: set[str]) -> None:
+    """Refuse options and keys of the config file that are not in `known`, with the closest known name."""
+    options = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    on_line = [name for name in options if not {name.replace("-", "_"), name[3:].replace("-", "_")} & known]
+    in_file = [str(key) for key in settings if key not in known]
+    for unknown, where in ((in_file, "the config file"), (on_line, "the command line")):
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else " See `neftune-hf sft --help` for the fields."
+            raise NEFTuneConfigError(f"`{unknown[0]}` in {where} is not a field of this command.{hint}")
+
+
+def _field_names() -> set[str]:
+    """The fields of the dataclasses that `sft` parses, read from their source; empty if that has changed."""
+    fields, found = {"env"}, set()  # TRL sets environment variables from `env`
+    bases = {"NEFTuneConfig", "SFTConfig", "ModelConfig", "ScriptArguments", "DatasetMixtureConfig"}
+    for file in _SOURCES:
+        package, _, path = file.partition("/")
+        spec = importlib.util.find_spec(package)
+        source = Path(*(spec.submodule_search_locations or ()), path) if spec else Path()
+        for node in ast.parse(source.read_text(encoding="utf-8")).body if source.is_file() else ():
+            if isinstance(node, ast.ClassDef) and node.name in bases:
+                found.add(node.name)
+                bases |= {base.id for base in node.bases if isinstance(base, ast.Name)}
+                fields |= {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+    return fields if found == bases else set()
 
 
 def _parser(argv: Sequence[str]) -> Any:
@@ -101,8 +149,9 @@ def _parser(argv: Sequence[str]) -> Any:
 
         from ..sft import NEFTuneSFTConfig
     except ModuleNotFoundError:
-        epilog = 'With TRL installed, every field is listed: pip install "neftune_hf[trl]"'
-        parser = argparse.ArgumentParser(prog="neftune-hf sft", description=_DESCRIPTION, epilog=epilog)
+        epilog = f"With TRL installed, every field is listed: {how_to_install('trl')}"
+        layout = argparse.RawDescriptionHelpFormatter  # leaves the pip command on one line
+        parser = argparse.ArgumentParser("neftune-hf sft", None, _DESCRIPTION, epilog, formatter_class=layout)
         _add_options(parser)
         parser.parse_known_args(argv)  # answers --help
         raise
@@ -114,22 +163,24 @@ def _parser(argv: Sequence[str]) -> Any:
         description=_DESCRIPTION,
     )
     _add_options(parser)
-    parser.error = _refuse  # type: ignore[method-assign]
     return parser
 
 
 def parse_arguments(argv: Sequence[str], settings: dict[str, Any]) -> tuple:
-    """Parse a YAML file and options with TRL's parser. The error for an unknown name suggests the closest known one."""
+    """Parse a YAML file and options with TRL's parser."""
     parser = _parser(argv)
-    known = {action.dest for action in parser._actions} | {"env"}  # TRL sets environment variables from `env`
-    _, words = parser.parse_known_args(argv)
-    on_line = [word.removeprefix("--").split("=")[0] for word in words if word.startswith("--")] or words
-    in_file = [str(key) for key in settings if key not in known]
-    for unknown, where in ((in_file, "the config file"), (on_line, "the command line")):
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else " See `neftune-hf sft --help` for the fields."
-            raise NEFTuneConfigError(f"`{unknown[0]}` in {where} is not a field of this command.{hint}")
+
+    def refuse(message: str) -> NoReturn:  # a value in the file is the default of its option
+        name = message.removeprefix("argument --").partition("/")[0].partition(":")[0]
+        options = (f"--{name}", f"--{name.replace('_', '-')}")
+        is_from_file = name in settings and not any(word.startswith(options) for word in argv)
+        _refuse(f"`{name}` in the config file:{message.partition(':')[2]}" if is_from_file else message)
+
+    parser.error = refuse
+    _, unknown = parser.parse_known_args(argv)
+    _refuse_unknown(unknown, settings, {action.dest for action in parser._actions} | {"env"})
+    if unknown:
+        raise NEFTuneConfigError(f"`{unknown[0]}` in the command line belongs to no option.")
     try:
         return parser.parse_args_and_config(argv)
     except ValueError as error:
@@ -165,12 +216,9 @@ def check_arguments(
     training_args: "NEFTuneSFTConfig",
     model_args: "ModelConfig",
     mixture: "DatasetMixtureConfig",
+    overwrite: bool = False,
 ) -> None:
-    """Refuse settings that are bound to fail, before a model is loaded."""
-    if model_args.model_name_or_path is None or not (script_args.dataset_name or mixture.datasets):
-        raise NEFTuneConfigError(
-            "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."
-        )
+    """Refuse settings that are bound to fail, or to `overwrite` an earlier run, before a model is loaded."""
     if not isinstance(kwargs := training_args.model_init_kwargs, dict | None):
         raise NEFTuneConfigError(f"`model_init_kwargs` is {kwargs!r}; it must be `key: value` lines or JSON.")
     if not 0 <= training_args.seed < 2**32:
@@ -184,13 +232,13 @@ def check_arguments(
         import peft  # noqa: F401  if it is missing, the error names the extra
     if model_args.load_in_4bit or model_args.load_in_8bit:
         import bitsandbytes  # noqa: F401
-    _check_folders(training_args)
+    _check_folders(training_args, overwrite)
     if training_args.push_to_hub and training_args.process_index == 0:
         _check_login(training_args)
 
 
-def _check_folders(training_args: "NEFTuneSFTConfig") -> None:
-    """Refuse a checkpoint that is none, and an `output_dir` that cannot be a folder."""
+def _check_folders(training_args: "NEFTuneSFTConfig", overwrite: bool) -> None:
+    """Refuse a checkpoint that is none, and an `output_dir` that cannot be a folder or has the model of another run."""
     from transformers.trainer_utils import get_last_checkpoint
 
     output_dir, checkpoint = Path(training_args.output_dir or "."), training_args.resume_from_checkpoint
@@ -205,6 +253,13 @@ def _check_folders(training_args: "NEFTuneSFTConfig") -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         problem = "cannot be written to" if existing.is_dir() else "is a file"
         raise NEFTuneConfigError(f"`output_dir` is {output_dir}, but {existing} {problem}. Name another folder.")
+    earlier = [file for pattern in ("checkpoint-*", "*.safetensors", "*.bin") for file in output_dir.glob(pattern)]
+    if earlier and not overwrite and not checkpoint:
+        resume = "continue that run with `--resume_from_checkpoint true`, " if earlier[0].is_dir() else ""
+        raise NEFTuneConfigError(
+            f"`output_dir` {output_dir} has {earlier[0].name} of an earlier run. Name another folder, {resume}or pass "
+            "`--overwrite_output_dir`."
+        )
 
 
 def _check_login(training_args: "NEFTuneSFTConfig") -> None:
@@ -276,13 +331,14 @@ def load_splits(
     from trl import get_dataset
     from trl.data_utils import get_dataset_column_names
 
-    from .data import dataset_errors, keep_usable, load_instructions, to_prompt_completion
+    from .data import dataset_errors, keep_usable, literal_source, load_instructions, to_prompt_completion
 
     argument, name = "dataset_name", script_args.dataset_name or ""
     if mixture.datasets:  # as in TRL, takes precedence over `dataset_name`
         argument, name = "datasets", ", ".join(str(part.data_files or part.path) for part in mixture.datasets)
         for part in mixture.datasets:
-            part.data_files = _literal_paths(part.data_files)
+            for field, value in literal_source(part.path, part.data_dir, part.data_files).items():
+                setattr(part, field, value)
         with dataset_errors(argument, name):
             splits = get_dataset(mixture)
     else:
@@ -304,14 +360,3 @@ def load_splits(
         pairs = to_prompt_completion(data, split_name, bool(tokenizer.chat_template))
         ready.append(keep_usable(pairs, split_name, tokenizer, limit))
     return ready
-
-
-def _literal_paths(data_files: Any) -> Any:
-    """`literal_path` of each name in a data set's `data_files`: a name, a list, or either for each split."""
-    from .data import literal_path
-
-    if isinstance(data_files, dict):
-        return {split: _literal_paths(names) for split, names in data_files.items()}
-    if isinstance(data_files, list):
-        return [literal_path(name) for name in data_files]
-    return data_files and literal_path(data_files)

@@ -38,7 +38,8 @@ def draw(runs: Runs, metrics: list[dict[str, Any]]) -> dict[str, tuple[str, str]
             continue
         figure = Figure(figsize=(7.5 if panels > 1 else 5, 3.6), layout="constrained")
         draw_it(np.atleast_1d(figure.subplots(1, panels)), runs, by_key)
-        figures[name] = _svg(figure), caption
+        seeds = len(next(iter(runs.values())))
+        figures[name] = _svg(figure), caption.format(over="records and seeds" if seeds > 1 else "records")
     return figures
 
 
@@ -67,6 +68,7 @@ def _differences(panels: Any, runs: Runs, by_key: dict[str, Any]) -> None:
         axes.axvline(0, color=_TEXT, linewidth=0.8)
         ticks = {"yticks": range(len(others)), "yticklabels": others, "ylim": (len(others) - 0.5, -0.5)}
         axes.set(title=title, xlabel=f"% of {base}", **ticks)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     panels[1].set(visible="tokens" in by_key, yticklabels=[])
 
 
@@ -92,8 +94,8 @@ def _lengths(panels: Any, runs: Runs, by_key: dict[str, Any]) -> None:
 
 
 _FIGURES: dict[str, tuple[Callable[[Any, Runs, dict[str, Any]], None], int, str]] = {
-    "curve": (_curve, 2, "Mean over records and seeds. Overlapping lines mean no visible difference."),
-    "differences": (_differences, 2, "Differences from the first setting, with 95 % intervals over records and seeds."),
+    "curve": (_curve, 2, "Mean over {over}. Overlapping lines mean no visible difference."),
+    "differences": (_differences, 2, "Differences from the first setting, with 95 % intervals over {over}."),
     "records": (_records, 2, "As in the paper's figure 3: distributions over these records after training, noise off."),
     "lengths": (_lengths, 1, "Lengths of the completions; the longest are cut off."),
 }

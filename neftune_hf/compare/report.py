@@ -40,7 +40,7 @@ def write_report(folder: Path, runs: list[dict[str, Any]], plan: dict[str, Any])
         plan (`dict`): What was fixed before the first run, from [`Sweep.plan`].
 
     Returns:
-        `str`: The verdict and the path of the report, for the terminal.
+        `str`: The size of the noise, the verdict and the path of the report, for the terminal.
     """
     results = summarise(runs, plan)
     folder.joinpath("results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -51,12 +51,12 @@ def write_report(folder: Path, runs: list[dict[str, Any]], plan: dict[str, Any])
         autoescape=lambda name: "html" in str(name), trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     content = {"r": results, "rows": _rows(results), "completions": _side_by_side(runs)}
-    figures = draw(by_setting(runs), results["metrics"])
+    figures = draw(by_setting(runs), judged(results))
     for name in ("report.html", "report.md"):
         page = templates.get_template(f"{name}.jinja").render(content, figures=figures)
         folder.joinpath(name).write_text(page, encoding="utf-8")
     _write_completions(folder / "completions", runs)
-    return "\n".join([*results["verdict"], f"Report: {folder / 'report.html'}"])
+    return "\n".join([*results["noise"], *results["verdict"], f"Report: {folder / 'report.html'}"])
 
 
 def summarise(runs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +83,9 @@ def summarise(runs: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any
         "metrics": [metric for metric in metrics if metric],
         "gap": {name: mean_interval(*_gap(tables[name], tables[base])) for name in others},
     }
+    ended = [table["ended"].mean() for table in tables.values() if "ended" in table]
+    results["limit_met"] = 1 - min(map(float, ended), default=1.0)
+    results["noise"] = [_noise(setting) for setting in results["settings"] if setting["snr_db"] is not None]
     results["verdict"] = [_verdict(name, base, results) for name in others]
     results["corrected"] = _corrected(results) if len(others) > 1 else []
     return results
@@ -159,9 +162,21 @@ def _difference(values: np.ndarray, baseline: np.ndarray, kind: str) -> Interval
     return Interval(estimate, low, high, p_value)
 
 
+def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics to draw conclusions from: without the length of completions if the limit cut off half of them."""
+    return [metric for metric in results["metrics"] if metric["key"] != "tokens" or results["limit_met"] < 0.5]
+
+
+def _noise(setting: dict[str, Any]) -> str:
+    """The size of a setting's noise, in dB and in words."""
+    db = setting["snr_db"]
+    side = "below" if db > 0 else "ABOVE"
+    return f"{setting['name']}: noise of {10 ** (-db / 20):.2g} times the embeddings' RMS, {abs(db):.1f} dB {side} it."
+
+
 def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
     """One sentence on a setting: the differences found, or how large a difference would have been found."""
-    by_key = {metric["key"]: metric for metric in results["metrics"]}
+    by_key = {metric["key"]: metric for metric in judged(results)}
     loss: Interval = by_key["held_out"]["differences"][name]
     change = _change(loss, "relative")
     if loss.excludes_zero:
@@ -170,6 +185,8 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
         parts = [f"no difference in held-out loss beyond {_SMALL:g} % ({change})"]
     else:
         parts = [f"cannot tell whether held-out loss differs ({change}, half-width {loss.half_width:.2f} %)"]
+    if "training" in by_key and (training := by_key["training"]["differences"][name]).excludes_zero:
+        parts.append(f"training loss {_change(training, 'relative')}")
     if "tokens" in by_key:
         length: Interval = by_key["tokens"]["differences"][name]
         low, mid, high = (1 + value / 100 for value in (length.low, length.estimate, length.high))
@@ -177,6 +194,9 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
             parts.append(f"completions {mid:.2f} times as long [{low:.2f}, {high:.2f}]")
         else:
             parts.append(f"no difference in completion length found ({mid:.2f} times [{low:.2f}, {high:.2f}])")
+    elif results["limit_met"]:
+        limit = f"limit of {results['arguments']['max_new_tokens']} tokens"
+        parts.append(f"no verdict on completion length ({100 * results['limit_met']:.0f} % met the {limit})")
     for metric in by_key.values():
         if metric["key"] not in _METRICS:
             parts.append(f"{metric['title']} {_change(metric['differences'][name], metric['kind'])}")
@@ -186,8 +206,8 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
 def _corrected(results: dict[str, Any]) -> list[str]:
     """For each metric of the verdicts, which settings differ after Holm's correction for the number of settings."""
     lines = []
-    for metric in results["metrics"]:
-        if metric["key"] in ("held_out", "tokens") or metric["key"] not in _METRICS:
+    for metric in judged(results):
+        if metric["key"] in ("held_out", "training", "tokens") or metric["key"] not in _METRICS:
             differences = metric["differences"]
             differs, p_values, *_ = multipletests([found.p_value for found in differences.values()], method="holm")
             metric["holm"] = dict(zip(differences, map(float, p_values), strict=True))
@@ -212,16 +232,16 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
     """The table of the report: a title, each setting's mean, and each difference from the first setting."""
     names = [setting["name"] for setting in results["settings"]]
     rows = [["", *names, *(f"{name} \N{MINUS SIGN} {names[0]}" for name in names[1:])]]
+    ratios = [setting["snr_db"] for setting in results["settings"]]
+    ratios = ["none" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
+    rows.append(["signal-to-noise ratio, dB", *ratios, *[""] * (len(names) - 1)])
     for metric in results["metrics"]:
         values = [f"{metric['values'][name].estimate:.4g}" for name in names]
         differences = [_change(metric["differences"][name], metric["kind"]) for name in names[1:]]
         rows.append([f"{metric['title']} ({metric['records']} records)", *values, *differences])
     gaps = [results["gap"][name] for name in names[1:]]
     changes = [f"{gap.estimate:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" for gap in gaps]
-    rows.append(["held-out minus training loss, nats", *[""] * len(names), *changes])
-    ratios = [setting["snr_db"] for setting in results["settings"]]
-    ratios = ["none" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
-    return [*rows, ["signal-to-noise ratio, dB", *ratios, *[""] * len(gaps)]]
+    return [*rows, ["held-out minus training loss, nats", *[""] * len(names), *changes]]
 
 
 def _gap(values: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> list[np.ndarray]:

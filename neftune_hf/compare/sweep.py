@@ -46,11 +46,11 @@ class Sweep:
     def run(self, execute: Execute) -> list[dict[str, Any]]:
         """Train and measure the runs that are not finished; returns the measurements of all, on the main process."""
         state = PartialState()
-        (unfinished,) = broadcast_object_list([{i: run for i, run in enumerate(self.runs) if not self.is_finished(i)}])
+        (unfinished,) = broadcast_object_list([self._unfinished()])
         shares = dict.fromkeys(unfinished, 0.0)
         finished = len(self.runs) - len(unfinished)
         running: dict[int, str] = {}
-        shown = "{desc} {percentage:3.0f} % |{bar}| {elapsed}, {remaining} left"
+        shown = "{desc} {percentage:3.0f} % |{bar}| {elapsed}"
         bar = tqdm(total=len(shares), smoothing=0, bar_format=shown, disable=not state.is_main_process)
 
         def report(i: int, share: float) -> None:
@@ -58,31 +58,41 @@ class Sweep:
                 bar.unpause()  # the time for loading the data says nothing about the time left
             shares[i], running[i] = share, self.runs[i].name
             bar.set_description_str(f"{finished} of {len(self.runs)} done, now {_some(list(running.values()))}")
+            if sum(shares.values()) > 0.2:  # the first steps are slow, and an estimate from them is far off
+                bar.bar_format = shown + ", {remaining} left"
             bar.update(sum(shares.values()) - bar.n)
 
-        with bar, logging_redirect_tqdm(), closing(execute(unfinished, report)) as results:
-            for i, result in results:
-                if result and state.is_main_process:
-                    self.plan()
-                    _write(self.file(i), result | {"arguments": self.arguments[i]})
-                    finished += 1
-                report(i, 1.0 if result else 0.0)
-                running.pop(i)
-                state.wait_for_everyone()
+        try:
+            with bar, logging_redirect_tqdm(), closing(execute(unfinished, report)) as results:
+                for i, result in results:
+                    if result and state.is_main_process:
+                        self.plan()
+                        _write(self.file(i), result | {"arguments": self.arguments[i]})
+                        finished += 1
+                    report(i, 1.0 if result else 0.0)
+                    running.pop(i)
+                    state.wait_for_everyone()
+        except KeyboardInterrupt as interrupt:
+            kept = f"{finished} of {len(self.runs)} runs are kept in {self.folder}"
+            raise KeyboardInterrupt(f"{kept}; the same command trains the others.") from interrupt
         return [_read(self.file(i), _RUN_KEYS) for i in range(len(self.runs))] if state.is_main_process else []
 
-    def is_finished(self, i: int) -> bool:
-        file = self.file(i)
-        if not file.exists():
-            return False
-        then, now = _read(file, _RUN_KEYS)["arguments"], self.arguments[i]
-        for name in sorted(then.keys() | now.keys()):
-            if then.get(name) != now.get(name):
-                raise NEFTuneConfigError(
-                    f"`output_dir` {self.folder} has a run of {self.runs[i].name} with `{name}` {then.get(name)}, but "
-                    f"it is {now.get(name)} now. Use another folder, or remove {file}."
-                )
-        return True
+    def _unfinished(self) -> dict[int, Run]:
+        """The runs that have no file yet. Files of other arguments are an error."""
+        unfinished, others = {}, []
+        for i, run in enumerate(self.runs):
+            if not self.file(i).exists():
+                unfinished[i] = run
+                continue
+            then, now = _read(self.file(i), _RUN_KEYS)["arguments"], self.arguments[i]
+            changed = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+            others += [f"{run.name}, with `{name}` {then.get(name)} instead of {now.get(name)}" for name in changed[:1]]
+        if others:
+            raise NEFTuneConfigError(
+                f"`output_dir` {self.folder} has {len(others)} of the {len(self.runs)} runs with other arguments: "
+                f"{_some(others, 1)}. Use another folder, or remove {self.file(0).parent}."
+            )
+        return unfinished
 
     def plan(self) -> dict[str, Any]:
         """The settings and seeds of the first call that finished a run in this folder, with its date.

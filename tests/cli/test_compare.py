@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from neftune_hf import NEFTuneSFTTrainer
 from neftune_hf.cli import main
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
@@ -92,10 +93,28 @@ def test_finished_runs_are_kept_and_others_are_trained(compared, capsys):
     assert "5 of 6 done, now alpha 5, seed 1" in capsys.readouterr().err
 
 
+def test_ctrl_c_keeps_the_finished_runs(config, tmp_path, capsys, monkeypatch):
+    asked = ["--alphas", "0", "5", "--seeds", "0", "--output_dir", str(tmp_path)]
+    train = NEFTuneSFTTrainer.train
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.args.neftune_noise_alpha:
+            raise KeyboardInterrupt
+        return train(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NEFTuneSFTTrainer, "train", interrupted)
+        assert compare(config, *asked) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"neftune-hf: interrupted. 1 of 2 runs are kept in {tmp_path}; the same command trains")
+    assert compare(config, *asked) == 0
+    assert "1 of 2 done, now alpha 5, seed 0" in capsys.readouterr().err
+
+
 def test_runs_of_other_settings_are_not_taken_for_these(compared, capsys):
     assert compare(compared, "--learning_rate", "0.02", "--seeds", "0") == 2
     error = capsys.readouterr().err
-    assert re.search(r"`learning_rate` 0\.01, but it is 0\.02 now", error)
+    assert re.search(r"has 2 of the 2 runs with other arguments: .*`learning_rate` 0\.01 instead of 0\.02", error)
 
 
 def test_runs_that_were_not_planned_are_told(compared, tmp_path):
@@ -110,7 +129,8 @@ def test_the_page_stands_alone_and_has_all_of_it(compared):
     page = (compared[1] / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]+\"", page)
     assert "@import" not in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 3  # without the lengths of completions, which all have 4 tokens
+    assert "no verdict on completion length (100 % met the limit of 4 tokens)" in page
     for line in results_of(compared[1])["verdict"]:
         assert line in page
         assert line in (compared[1] / "report.md").read_text()

@@ -1,6 +1,8 @@
 """The command itself: fast help, versions, one-line errors for missing extras, and imports."""
 
 import importlib.metadata
+import re
+import shlex
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 
 import neftune_hf
 from neftune_hf.cli import main
+from neftune_hf.errors import how_to_install
 
 from ..records import write
 
@@ -50,19 +53,41 @@ def test_help_of_a_command_needs_no_extra(command):
     assert result.returncode == 0, result.stderr
     assert f"usage: neftune-hf {command}" in result.stdout
     if command == "sft":
-        for part in ("--config FILE", "--accelerate_config CONFIG", 'pip install "neftune_hf[trl]"'):
+        for part in ("--config FILE", "--accelerate_config CONFIG", 'pip install "trl>=1.9" "datasets>='):
             assert part in result.stdout
 
 
-@pytest.mark.parametrize("command", ["sft", "generate"])
+@pytest.mark.parametrize("command", ["sft", "generate", "compare"])
 def test_a_missing_extra_is_one_line(command, tmp_path):
     prompts = write(tmp_path / "prompts.json", [{"instruction": "x"}])
-    arguments = [command, *(["x", "--prompts", prompts, "-o", "o.json"] if command == "generate" else [])]
-    result = python(WITHOUT_EXTRAS + f"from neftune_hf.cli import main\nsys.exit(main({arguments}))")
+    data = ["--model_name_or_path", "x", "--dataset_name", "x"]
+    arguments = {"sft": data, "generate": ["x", "--prompts", prompts, "-o", "o.json"], "compare": data}[command]
+    code = f"from neftune_hf.cli import main\nsys.exit(main({[command, *arguments]}))"
+    result = python(WITHOUT_EXTRAS + "sys.modules['scipy'] = None\n" + code)
     assert result.returncode == 2
-    assert " is not installed: pip install" in result.stderr
-    assert 'pip install "neftune_hf[trl]"' in result.stderr
+    assert re.search(r' is not installed: pip install "(trl>=\S+" "datasets|datasets>=\S+" "trl)>=', result.stderr)
+    assert ('"scipy>=' in result.stderr) == (command == "compare")  # it names all that it needs and lacks
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "packages"),
+    [("peft", ["peft"]), ("lm_eval", ["lm-eval"]), ("rouge_score", ["rouge-score"]), ("json", None), ("numpy", None)],
+)
+def test_what_to_install_is_named_by_its_package(module, packages):
+    command = how_to_install(module)
+    assert (command and [re.match(r"[\w-]+", word)[0] for word in shlex.split(command)[2:]]) == packages
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost():
+    result = python(
+        "import sys, threading\nimport neftune_hf.cli.env\nfrom neftune_hf.cli import main\n"
+        "class Interrupted:\n    def __del__(self):\n        raise KeyboardInterrupt\n"
+        "def run(argv):\n    Interrupted()\n    threading.Event().wait(60)\n"
+        "neftune_hf.cli.env.run = run\nsys.exit(main(['env']))"
+    )
+    assert result.returncode == 130
+    assert result.stderr == "\nneftune-hf: interrupted.\n"
 
 
 def test_a_missing_file_of_prompts_is_refused_before_the_imports():

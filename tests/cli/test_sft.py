@@ -11,9 +11,9 @@ import yaml
 from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from neftune_hf import NEFTuneCallback
+from neftune_hf import NEFTuneCallback, NEFTuneSFTTrainer
 from neftune_hf.cli import main, recipes
-from neftune_hf.cli.data import load_instructions, to_prompt_completion
+from neftune_hf.cli.data import literal_source, load_instructions, to_prompt_completion
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
 from ..helpers import COMMON, losses
@@ -55,7 +55,10 @@ def config(tmp_path, model_folder):
 
 def test_the_command_is_the_same_run_as_in_python(config, runs, tmp_path, capsys):
     assert main(["sft", "--config", config()]) == 0
-    assert main(["sft", "--config", config(neftune_noise_alpha=None), "--neftune_noise_alpha", "5"]) == 0
+    again = ["sft", "--config", config(neftune_noise_alpha=None), "--neftune_noise_alpha", "5"]
+    assert main(again) == 2
+    assert "has model.safetensors of an earlier run" in capsys.readouterr().err
+    assert main([*again, "--overwrite_output_dir"]) == 0
     data = to_prompt_completion(load_instructions(str(tmp_path / "set.json"))["train"], "set", True)
     python = SFTTrainer(
         tiny_llama(), SFTConfig(output_dir=str(tmp_path), bf16=False, **COMMON), train_dataset=data,
@@ -69,8 +72,33 @@ def test_the_command_is_the_same_run_as_in_python(config, runs, tmp_path, capsys
     assert f"model saved in {tmp_path / 'out'}" in printed
 
 
+@pytest.mark.parametrize("saves", [False, True])
+def test_ctrl_c_says_what_is_kept_and_the_run_goes_on(saves, config, runs, tmp_path, capsys, monkeypatch):
+    step = NEFTuneSFTTrainer.training_step
+
+    def interrupted(trainer, *args):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    settings = {"save_strategy": "steps", "save_steps": 2} if saves else {}
+    with monkeypatch.context() as patch:
+        patch.setattr(NEFTuneSFTTrainer, "training_step", interrupted)
+        assert main(["sft", "--config", config(**settings)]) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    if not saves:
+        assert said == "neftune-hf: interrupted. No checkpoint was saved (see `save_strategy` and `save_steps`)."
+        return
+    options = re.search(r"^neftune-hf: interrupted. \S+checkpoint-2 is kept. .* add `(.*)`", said)[1].split()
+    assert main(["sft", "--config", config(**settings)]) == 2
+    assert "has checkpoint-2 of an earlier run" in capsys.readouterr().err
+    assert main(["sft", "--config", config(**settings), *options]) == 0
+    assert main(["sft", "--config", config(output_dir=str(tmp_path / "whole"))]) == 0
+    assert losses(runs[1]) == losses(runs[2])
+
+
 RATIO = re.compile(
-    r"noise          uniform, alpha 5 \(constant\): (\S+) of the embeddings' RMS \(SNR (\S+) dB\), measured on"
+    r"noise          uniform, alpha 5 \(constant\): (\S+) times the embeddings' RMS \(SNR (\S+) dB\), measured on"
 )
 
 
@@ -130,7 +158,8 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
             [],
             ["`max_steps`, or `streaming: false`"],
         ),
-        ({"max_steps": "many"}, [], ["`--max_steps`: invalid int value: 'many'"]),
+        ({"max_steps": "many"}, [], ["`max_steps` in the config file: invalid int value: 'many'"]),
+        ({"max_steps": 5}, ["--max_steps", "many"], ["`--max_steps`: invalid int value: 'many'"]),
         ({"datasets": [{"path": "json", "file": "x"}]}, [], ["unexpected keyword argument 'file'"]),
         ({"datasets": [{"path": "no/where"}]}, [], ["`datasets`: no/where cannot be read"]),
         ({"accelerate_config": "zero9"}, [], ["Accelerate config zero9 is neither"]),
@@ -152,7 +181,7 @@ def test_the_summary_has_one_figure_for_the_noise(streaming, logging_steps, conf
         ({"output_dir": str(ROOT / "README.md" / "out")}, [], [f"but {ROOT / 'README.md'} is a file"]),
         ({"seed": -1}, [], ["`seed` is -1; "]),
         ({"seed": 2**64}, [], [f"`seed` is {2**64}; "]),
-        ({}, ["stray"], ["`stray` in the command line"]),
+        ({}, ["stray"], ["`stray` in the command line belongs to no option"]),
         ({}, ["--config"], ["`--config`: expected one argument"]),
     ],
 )
@@ -256,6 +285,36 @@ def test_a_file_in_a_mixture_is_read_and_no_other(form, config, runs, tmp_path):
     assert len(runs[0].train_dataset) == 3
 
 
+@pytest.mark.parametrize("name", ["set[1]", "set*", "set?"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda folder: {"path": folder},
+        lambda folder: {"path": folder, "data_dir": "data"},
+        lambda folder: {"path": "json", "data_dir": folder},
+        lambda folder: {"path": folder, "data_files": "data/part[1].jsonl"},
+        lambda folder: {"path": folder, "data_files": "data/*.jsonl"},
+        lambda folder: {"path": "json", "data_dir": folder, "data_files": {"train": ["data/part[1].jsonl"]}},
+    ],
+)
+def test_a_folder_in_a_mixture_is_read_and_no_other(part, name, config, runs, tmp_path):
+    """As a pattern, each folder is also set1, and each file also part1.jsonl."""
+    for folder, file, count in (("set1", "part[1]", 8), ("set1", "part1", 8), (name, "part[1]", 3)):
+        (tmp_path / folder / "data").mkdir(parents=True, exist_ok=True)
+        write(tmp_path / folder / "data" / f"{file}.jsonl", records("tatsu-lab/alpaca", count))
+    parts = [part(str(tmp_path / name))]
+    assert main(["sft", "--config", config(dataset_name=None, datasets=parts)]) == 0
+    assert len(runs[0].train_dataset) == 3
+
+
+def test_a_data_set_on_the_hub_keeps_its_file_names(tmp_path, monkeypatch):
+    """They are relative to the data set, even where a local file has the same name."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "part.jsonl", RECORDS)
+    source = {"path": "some/set", "data_dir": "data", "data_files": ["part.jsonl", "*.json"]}
+    assert literal_source(**source) == source
+
+
 def test_a_mixture_that_is_streamed(config, runs, tmp_path, capsys):
     parts = [
         {"path": "json", "data_files": write(tmp_path / f"{count}.jsonl", records("tatsu-lab/alpaca", count))}
@@ -269,8 +328,8 @@ def test_a_mixture_that_is_streamed(config, runs, tmp_path, capsys):
 def test_a_configuration_of_a_dataset(config, runs, tmp_path, monkeypatch):
     asked = []
 
-    def load(name, config=None, streaming=False):
-        asked.append((name, config, streaming))
+    def load(path, name=None, streaming=False, **files):
+        asked.append((path, name, streaming))
         return datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS))
 
     monkeypatch.setattr("neftune_hf.cli.data.datasets.load_dataset", load)

@@ -9,7 +9,7 @@ from neftune_hf.compare.report import summarise, write_report
 from neftune_hf.compare.runs import setting_name
 
 
-def runs(effects, seeds=3, records=60, length=1.0, noise=0.02):
+def runs(effects, seeds=3, records=60, length=1.0, noise=0.02, ended=lambda n: n % 8 > 0):
     """Simulated runs: per-record losses with an effect of each setting, and completions `length` times as long."""
     rng = np.random.default_rng(0)
     difficulty = rng.lognormal(0.5, 0.3, records)
@@ -21,7 +21,7 @@ def runs(effects, seeds=3, records=60, length=1.0, noise=0.02):
             )
             words = [int(n * (length if number else 1)) for n in rng.integers(20, 40, records)]
             prompts = [{"prompt": f"prompt {n} <b>", "reference": "a b c"} for n in range(records)]
-            texts = [{"text": " ".join(f"w{i}" for i in range(n)), "tokens": n, "ended": n % 2 == 0} for n in words]
+            texts = [{"text": " ".join(f"w{i}" for i in range(n)), "tokens": n, "ended": ended(n)} for n in words]
             made.append({
                 "setting": {"neftune_noise_alpha": 5.0 * number}, "seed": seed,
                 "arguments": {"max_new_tokens": "64"}, "steps": 8, "epochs": 1.0, "train_records": 100,
@@ -59,6 +59,33 @@ def test_none_is_called_none_where_the_interval_is_narrow():
     assert "no difference in completion length found" in verdict
 
 
+@pytest.mark.parametrize("share", [0.4, 0.6, 1.0])
+def test_no_conclusion_on_length_where_the_limit_cut_half_of_the_completions(share, tmp_path):
+    made = runs([0, 0], seeds=1, records=100, length=1.5)
+    for run in made:
+        for n, completion in enumerate(run["completions"]["held_out"]):
+            completion["ended"] = n >= 100 * share
+    results = summary(made)
+    said = write_report(tmp_path, made, plan_of(made))
+    assert ("times as long" in said) == (share < 0.5)
+    assert (f"no verdict on completion length ({100 * share:.0f} % met the limit of 64 tokens)" in said) == (
+        share > 0.5
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert ("Lengths of the completions" in page) == (share < 0.5)
+    assert "intervals over records and seeds" not in page  # there is one seed
+    assert results["limit_met"] == pytest.approx(share)
+
+
+def test_the_noise_and_a_change_of_the_training_loss_are_told():
+    results = summary(runs([0, -0.05]))
+    training = next(metric for metric in results["metrics"] if metric["key"] == "training")["differences"]["alpha 5"]
+    assert training.high < 0
+    assert f"; training loss {training.estimate:+.2f} % [" in results["verdict"][0]
+    assert "training loss" not in summary(runs([0, 0]))["verdict"][0]
+    assert results["noise"] == ["alpha 5: noise of 0.1 times the embeddings' RMS, 20.0 dB below it."]
+
+
 def test_too_little_to_conclude_says_how_precise_it_is():
     results = summary(runs([0, 0.02], records=8, noise=0.3))
     (verdict,) = results["verdict"]
@@ -85,7 +112,7 @@ def test_one_seed_is_reported_and_said_to_be_one(tmp_path):
     said = write_report(tmp_path, made, plan_of(made))
     page = (tmp_path / "report.html").read_text()
     assert "with one seed they say nothing about another run" in page
-    assert said.count("\n") == 2
+    assert said.count("\n") == 4
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["verdict"][0] in page
     assert "prompt 0 &lt;b&gt;" in page  # text from a model or file is escaped
@@ -98,7 +125,7 @@ def test_the_page_and_the_markdown_have_the_same_numbers(tmp_path):
     write_report(tmp_path, made, plan_of(made))
     page, markdown = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
     rows = [line[2:-2].split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
-    assert rows[1][0] == "held-out loss (12 records)"
+    assert [row[0] for row in rows[1:3]] == ["signal-to-noise ratio, dB", "held-out loss (12 records)"]
     assert all(len(row) == 4 for row in rows)
     assert all(cell in page for row in rows[1:] for cell in row)
 
@@ -132,7 +159,7 @@ def test_what_was_not_planned_is_told(tmp_path):
 
 def test_several_settings_are_corrected_for_their_number():
     results = summary(runs([0, 0, 0, 0.5], records=12))
-    (line, _) = results["corrected"]
+    line, *_ = results["corrected"]
     assert line.startswith("held-out loss: alpha 5 no difference found (p ")
     assert "alpha 15 differs (p " in line
     metric = results["metrics"][0]
