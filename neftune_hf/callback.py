@@ -185,7 +185,7 @@ class NEFTuneCallback(TrainerOwner):
         """Warn after the first step: the ratio depends on the sequence lengths, so it is not known earlier."""
         if self.handle is None or (snr_db := self.handle.snr_db) is None:
             return
-        alpha = self.handle.config.neftune_noise_alpha
+        alpha = self.handle.alpha
         weights = self.handle.sites[0].module.parameters()
         dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
