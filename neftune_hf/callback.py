@@ -3,12 +3,12 @@
 import logging
 import warnings
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import nn
 
-from .config import NEFTuneConfig, merge
+from .config import NEFTuneConfig, NEFTuneFields, merge
 from .distributed import sum_over_ranks
 from .errors import NEFTuneError, NEFTuneWarning
 from .handle import NEFTuneHandle, decibels
@@ -74,16 +74,15 @@ class NEFTuneCallback(TrainerOwner):
     """
 
     _level = logging.INFO  # of the message logged when a run begins
-
     handle: NEFTuneHandle | None = None
     run: NEFTuneRun | None = None
     can_pass_twice = False  # set by NEFTuneTrainerMixin
     _snr_db: float | None = None  # over all ranks, for the next log
     _is_first_step = False
 
-    def __init__(self, **fields: Any):
+    def __init__(self, **fields: Unpack[NEFTuneFields]):
         NEFTuneConfig(**fields)
-        self.fields = fields
+        self.fields: dict[str, Any] = {**fields}
 
     def on_init_end(self, args, state, control, **kwargs):
         merge(self.fields, args)
@@ -186,29 +185,23 @@ class NEFTuneCallback(TrainerOwner):
         """Warn after the first step: the ratio depends on the sequence lengths, so it is not known earlier."""
         if self.handle is None or (snr_db := self.handle.snr_db) is None:
             return
-        alpha = self.handle.config.neftune_noise_alpha
+        alpha = self.handle.alpha
         weights = self.handle.sites[0].module.parameters()
         dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
         if snr_db < 0:
-            logger.warning(
-                "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step had %.3g times the RMS of the "
-                "embeddings (SNR %+.1f dB): it is larger than what it is added to. With these sequences, an alpha of "
-                "%.2g is 10 dB below the embeddings.",
-                alpha,
-                10 ** (-snr_db / 20),
-                snr_db,
-                alpha * 10 ** ((snr_db - 10) / 20),
-            )
+            size = f"{10 ** (-snr_db / 20):.3g} times the RMS of the embeddings"
+            good = alpha * 10 ** ((snr_db - 10) / 20)
+            advice = f"With these sequences, an alpha of {good:.2g} is 10 dB below the embeddings."
         elif snr_db > rounding_snr_db(dtype):
-            logger.warning(
-                "NEFTune: with `neftune_noise_alpha` %g, the noise in the first step was below half a unit in the last "
-                "place of the embeddings in %s (SNR %+.1f dB), so rounding removes most of it. Raise alpha; the paper "
-                "used 5, 10 and 15.",
-                alpha,
-                str(dtype).removeprefix("torch."),
-                snr_db,
-            )
+            size = f"below half a unit in the last place of the embeddings in {str(dtype).removeprefix('torch.')}"
+            advice = "Rounding removes most of it. Raise alpha; the paper used 5, 10 and 15."
+        else:
+            return
+        logger.warning(
+            f"NEFTune: with `neftune_noise_alpha` {alpha:g}, the noise in the first step was {size} (SNR {snr_db:+.1f} "
+            f"dB). {advice}"
+        )
 
     def _record_run(self) -> None:
         if (handle := self.handle) is not None:

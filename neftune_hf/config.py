@@ -1,8 +1,8 @@
 """The settings, validated once."""
 
 import numbers
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from .errors import NEFTuneConfigError
 from .noise import NOISE_TYPES
@@ -92,7 +92,18 @@ class NEFTuneConfig:
         return bool(self.neftune_noise_alpha)
 
 
-FIELDS = tuple(field.name for field in fields(NEFTuneConfig))
+class NEFTuneFields(TypedDict, total=False):
+    """The fields of [`NEFTuneConfig`] as keyword arguments, so that editors and type checkers know them."""
+
+    neftune_noise_alpha: float | None
+    neftune_noise_type: str
+    neftune_length: str
+    neftune_schedule: str
+    neftune_seed: int | None
+    neftune_symmetric: bool
+
+
+FIELDS = tuple(NEFTuneFields.__annotations__)
 
 
 def merge(settings: dict[str, Any], args: Any) -> NEFTuneConfig:

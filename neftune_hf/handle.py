@@ -7,12 +7,13 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .config import NEFTuneConfig
+from .config import NEFTuneConfig, NEFTuneFields
 from .distributed import is_later_stage, sequence_parallel_group
 from .embeddings import find_input_embeddings, parents, unwrap
 from .errors import NEFTuneError, NoNoiseError
@@ -22,7 +23,7 @@ from .noise import noise_key, scheduled_alpha
 _attached: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()
 
 
-def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields) -> "NEFTuneHandle":
+def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields: Unpack[NEFTuneFields]) -> "NEFTuneHandle":
     """Add NEFTune noise to `model`'s token embeddings until the returned handle is removed.
 
     While attached, an embedding in training mode with gradients enabled returns e + alpha / sqrt(L * d) * u, where L is

@@ -19,7 +19,7 @@ import torch
 
 from .errors import NEFTuneConfigError
 
-# Map a number uniform on (-1, 1) to u by the quantile function. Every u has variance 1/3.
+# Each type's quantile function, which maps a number uniform on (-1, 1) to u. It is odd, and u has variance 1/3.
 NOISE_TYPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "uniform": lambda uniform: uniform,
     "gaussian": lambda uniform: torch.erfinv(uniform) * math.sqrt(2 / 3),
@@ -127,8 +127,7 @@ def channel_words(d: int, device: torch.device | None = None) -> torch.Tensor:
 def unit_noise(words: torch.Tensor, noise_type: str = "uniform") -> torch.Tensor:
     """u as float32, with variance 1/3, from random words.
 
-    `"uniform"`: odd multiples of 2^-24, symmetric about 0 and never +-1. `"gaussian"`: the normal quantile of the
-    uniform number, divided by sqrt(3). `"bernoulli"`: its sign, divided by sqrt(3).
+    The quantile function of the type is applied to odd multiples of 2^-24, symmetric about 0 and never +-1.
 
     Raises:
         NEFTuneConfigError: The noise type is unknown.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig, SFTTrainer
 
-from .config import FIELDS, NEFTuneConfig
+from .config import CHOICES, FIELDS, NEFTuneConfig
 from .trainer import NEFTuneTrainerMixin
 
 
@@ -29,7 +29,7 @@ class NEFTuneSFTConfig(SFTConfig):
     """
 
     neftune_noise_type: str = field(
-        default="uniform", metadata={"help": "Distribution of the noise: uniform, gaussian or bernoulli."}
+        default="uniform", metadata={"help": f"Distribution of the noise: {', '.join(CHOICES['neftune_noise_type'])}."}
     )
     neftune_length: str = field(
         default="sequence",

@@ -31,7 +31,7 @@ from neftune_hf import add_noise, attach, kernels, noise_key, sequence_layout
 from neftune_hf.compare.runs import setting_name
 from neftune_hf.kernels import add_noise_to_call, is_proven, kernel_for
 from neftune_hf.layout import CallArguments, arguments_of_call, layout_of_call
-from neftune_hf.noise import SequenceLayout
+from neftune_hf.noise import NOISE_TYPES, SequenceLayout
 
 ROOT = Path(__file__).parents[1]
 TOY = not torch.cuda.is_available()
@@ -127,7 +127,7 @@ def kernel_is_proven():
 
     on_device, rows = SequenceLayout(*map(moved, layout_of_call(padded_call(3, 70)))), []
     for dtype in DTYPES[:3:2] if TOY else DTYPES[:3]:  # Triton's interpreter truncates to bfloat16
-        for noise_type in ("uniform", "bernoulli"):
+        for noise_type in triton.TYPES:
             e = torch.randn(3, 70, 33, dtype=dtype).to(DEVICE)
             proven = is_proven(triton.add_noise, e, on_device, noise_type)
             used = kernel_for(e, on_device, noise_type).__module__
@@ -136,12 +136,12 @@ def kernel_is_proven():
 
 
 def bits():
-    """The noise against the CPU's: equal for uniform and bernoulli, within 4 units of 2^-23 for gaussian."""
+    """The noise against the CPU's: equal for uniform and bernoulli, within 4 units of 2^-23 for other types."""
     call, rows = padded_call(3, 70), []
     layout = layout_of_call(call)
     on_device = SequenceLayout(*map(moved, layout))
     for dtype in DTYPES:
-        for noise_type in ("uniform", "bernoulli", "gaussian"):
+        for noise_type in NOISE_TYPES:
             zeros, e = torch.zeros(3, 70, 33, dtype=dtype), torch.randn(3, 70, 33).to(dtype)
             noise, total = (add_noise(x, layout, 5.0, KEY, noise_type) for x in (zeros, e))
             paths = {
@@ -152,7 +152,7 @@ def bits():
                 difference = (add(zeros).cpu().double() - noise.double()).abs()
                 worst = (difference / noise.double().abs().clamp(min=2**-100)).max().item()  # 0 of padding is exact
                 eps = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
-                right = worst <= 4 * 2**-23 + eps if noise_type == "gaussian" else worst == 0
+                right = worst == 0 if noise_type in ("uniform", "bernoulli") else worst <= 4 * 2**-23 + eps
                 close = is_close(add(e).cpu(), total).all().item()
                 about = {"dtype": str(dtype)[6:], "type": noise_type, "path": path}
                 rows.append(about | {"relative difference": worst, "right": right, "sums close": close})

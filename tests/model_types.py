@@ -44,9 +44,9 @@ LENGTHS, DECODER_LENGTHS = (12, 7), (9, 4)
 class Row:
     task: str
     model_type: str
+    result: str
     model: str
     sites: str
-    result: str
 
 
 def build(task: str, model_type: str) -> torch.nn.Module:
@@ -136,7 +136,7 @@ def sweep(model_types=()):
                 result = f"refused: {error}"
             except Exception as error:
                 result = f"{'fails' if model else 'not built'}: {type(error).__name__}"
-            yield Row(task, model_type, type(model).__name__, sites, " ".join(result.split())[:300])
+            yield Row(task, model_type, " ".join(result.split())[:300], type(model).__name__, sites)
 
 
 if __name__ == "__main__":
@@ -153,6 +153,6 @@ if __name__ == "__main__":
         "and *not built*: the small config or a batch of text alone does not suit this type, and NEFTune was not "
         "tried. " + ", ".join(f"{count} {result}" for result, count in counts.most_common()) + ".\n"
     )
-    print("| task | model type | class | sites | result |\n|---|---|---|---|---|")
+    print("| task | model type | result | class | sites |\n|---|---|---|---|---|")
     for row in rows:
         print("|", " | ".join(re.sub(r"[|]", "/", value) for value in vars(row).values()), "|")

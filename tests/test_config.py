@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import re
+from typing import Unpack
 
 import numpy as np
 import pytest
 from transformers import TrainingArguments
 
-from neftune_hf import NEFTuneConfig, NEFTuneError, NEFTuneSFTConfig, attach
-from neftune_hf.config import CHOICES, FIELDS, merge
+from neftune_hf import NEFTuneCallback, NEFTuneConfig, NEFTuneError, NEFTuneSFTConfig, attach
+from neftune_hf.config import CHOICES, FIELDS, NEFTuneFields, merge
 from neftune_hf.errors import NEFTuneConfigError
 
-from .conftest import leftovers, tiny_llama
+from .conftest import ROOT, leftovers, tiny_llama
 
 BAD = [
     ("neftune_noise_alpha", -1, "-1"),
@@ -70,13 +71,14 @@ def test_settings_are_merged_with_the_arguments(tmp_path):
 
 
 def test_the_two_configs_have_the_same_fields():
-    """Names, types, defaults and choices, in both classes, in the help of the command line and in the docstring."""
+    """Names, types, defaults and choices, in both classes, in the command line's help, in docstring and docs."""
     ours = {field.name: field for field in dataclasses.fields(NEFTuneConfig)}
     trls = {field.name: field for field in dataclasses.fields(NEFTuneSFTConfig) if field.name.startswith("neftune_")}
     documented = dict(re.findall(r"^ +(neftune_\w+) \(([^)]*)\)", NEFTuneConfig.__doc__, re.MULTILINE))
     entries = re.split(r"^ +(neftune_\w+) \(", NEFTuneConfig.__doc__.partition("Raises:")[0], flags=re.MULTILINE)
     entries = dict(zip(entries[1::2], entries[2::2], strict=True))
-    assert set(FIELDS) == set(ours) == set(trls) == set(documented) == set(entries)
+    rows = dict(re.findall(r"^\| `(neftune_\w+)` \|(.*)$", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE))
+    assert set(FIELDS) == set(ours) == set(trls) == set(documented) == set(entries) == set(rows)
     assert set(CHOICES) < set(FIELDS)
     for name, field in ours.items():
         is_own = name != "neftune_noise_alpha"  # a field of transformers
@@ -89,6 +91,15 @@ def test_the_two_configs_have_the_same_fields():
         for choice in CHOICES.get(name, ()):
             assert re.search(rf"\b{choice}\b", trls[name].metadata["help"])
             assert f'"{choice}"' in entries[name]
+            assert f"`{choice}`" in rows[name]
+
+
+def test_keyword_arguments_are_the_fields_with_their_types():
+    assert list(NEFTuneFields.__annotations__.items()) == [
+        (field.name, field.type) for field in dataclasses.fields(NEFTuneConfig)
+    ]
+    for function in (attach, NEFTuneCallback.__init__):
+        assert function.__annotations__["fields"] == Unpack[NEFTuneFields]
 
 
 def test_settings_are_taken_as_python_numbers():

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neftune_hf import NEFTuneError, attach
 from neftune_hf.errors import NoNoiseError
+from neftune_hf.noise import NOISE_TYPES
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
 from .helpers import BATCH, IDS, LABELLED_BATCH, alpha_by_row, embedded, lookup_of, lookups, noise_of
@@ -290,7 +291,7 @@ def test_forgotten_handles_do_not_gather_in_torchs_registry():
     assert len(_global_optimizer_post_hooks) == hooks
 
 
-@pytest.mark.parametrize("noise_type", ["uniform", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("noise_type", NOISE_TYPES)
 def test_the_ratio_of_noise_to_embedding_is_measured(noise_type):
     model, ids = tiny_llama().train(), torch.randint(3, VOCAB, (2, 40))
     mask = torch.ones_like(ids)

@@ -11,7 +11,7 @@ from scipy import stats
 from neftune_hf import add_noise
 from neftune_hf.errors import NEFTuneConfigError
 from neftune_hf.layout import sequence_layout
-from neftune_hf.noise import noise_key, random_words, rounding_snr_db, scheduled_alpha, unit_noise
+from neftune_hf.noise import NOISE_TYPES, noise_key, random_words, rounding_snr_db, scheduled_alpha, unit_noise
 
 M32, M64, GOLDEN = 2**32 - 1, 2**64 - 1, 0x9E3779B97F4A7C15
 
@@ -44,11 +44,8 @@ def reference_word(key: int, sequence_hash: int, position: int, channel: int) ->
 
 def reference_u(word: int, noise_type: str) -> float:
     signed = word - 2**32 if word >> 31 else word
-    u = ((signed >> 7) | 1) / 2**24
-    scale = math.sqrt(1 / 3)
-    return {"uniform": u, "gaussian": stats.norm.ppf((u + 1) / 2) * scale, "bernoulli": math.copysign(scale, u)}[
-        noise_type
-    ]
+    uniform = ((signed >> 7) | 1) / 2**24
+    return NOISE_TYPES[noise_type](torch.tensor(uniform, dtype=torch.float64)).item()
 
 
 def random_layout(*shape, seed=0):
@@ -84,7 +81,7 @@ def test_key_depends_on_every_part():
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
 
-@pytest.mark.parametrize("noise_type", ["uniform", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("noise_type", NOISE_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("mask", [[[1, 1, 1, 1], [0, 1, 1, 0]], [[1, 1, 1, 0], [0, 0, 0, 0]]])
 def test_add_noise_equals_float64_reference(noise_type, dtype, mask):
@@ -95,7 +92,7 @@ def test_add_noise_equals_float64_reference(noise_type, dtype, mask):
     noisy = add_noise(e, sequence_layout(ids, torch.tensor(mask)), alpha, key, noise_type)
     assert noisy.dtype == dtype
     eps = max(torch.finfo(dtype).eps, 2.0**-23)
-    ulps = 4 if noise_type == "gaussian" else 1.01  # torch's erfinv is accurate to a few ulps
+    ulps = 1.01 if noise_type == "uniform" else 4  # a function such as torch's erfinv is accurate to a few ulps
     for b in range(2):
         real = [ids[b, t].item() for t in range(4) if mask[b][t]]
         for t in range(4):
@@ -112,16 +109,36 @@ def test_add_noise_equals_float64_reference(noise_type, dtype, mask):
 
 
 def test_an_unknown_noise_type_is_refused_by_name():
-    with pytest.raises(NEFTuneConfigError, match=r"'uniform', 'gaussian', 'bernoulli', got 'cauchy'"):
+    with pytest.raises(NEFTuneConfigError, match=f"{', '.join(map(repr, NOISE_TYPES))}, got 'cauchy'"):
         add_noise(torch.zeros(1, 1, 2), random_layout(1, 1), 5.0, 1, "cauchy")
 
 
-# second, fourth, sixth and eighth moment of u
-MOMENTS = {
-    "uniform": (1 / 3, 1 / 5, 1 / 7, 1 / 9),
-    "gaussian": (1 / 3, 3 / 9, 15 / 27, 105 / 81),
-    "bernoulli": (1 / 3, 1 / 9, 1 / 27, 1 / 81),
-}
+@functools.cache
+def every_u(noise_type):
+    """u of each of the 2^24 uniform numbers, in their order."""
+    return unit_noise(torch.arange(-(2**23), 2**23, dtype=torch.int32) << 8, noise_type)
+
+
+@pytest.mark.parametrize("noise_type", NOISE_TYPES)
+def test_every_type_is_symmetric_with_variance_one_third(noise_type):
+    u = every_u(noise_type)
+    assert torch.equal(u, -u.flip(0))
+    assert bool((u.diff() >= 0).all())
+    assert u.double().square().mean().item() == pytest.approx(1 / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("noise_type", "distribution"),
+    [("uniform", stats.uniform(-1, 2)), ("gaussian", stats.norm(scale=3**-0.5))],
+)
+def test_the_types_are_the_distributions_of_their_names(noise_type, distribution):
+    u = every_u(noise_type)[:: 2**10].double()
+    shares = (torch.arange(len(u)).double() + 2**-11) / len(u)
+    torch.testing.assert_close(u, torch.from_numpy(distribution.ppf(shares.numpy())), rtol=1e-5, atol=2e-7)
+
+
+def test_bernoulli_noise_has_two_values():
+    assert every_u("bernoulli").unique().tolist() == pytest.approx([-(3**-0.5), 3**-0.5])
 
 
 def unit_noise_of(rows, width, d, seed=0, key=None, noise_type="uniform"):
@@ -130,19 +147,19 @@ def unit_noise_of(rows, width, d, seed=0, key=None, noise_type="uniform"):
     return unit_noise(words, noise_type).flatten(0, 1)
 
 
-@pytest.mark.parametrize("noise_type", list(MOMENTS))
+@pytest.mark.parametrize("noise_type", NOISE_TYPES)
 def test_moments_over_ten_million_draws(noise_type):
     u = unit_noise_of(20, 128, 4096, noise_type=noise_type).double()
-    second, fourth, sixth, eighth = MOMENTS[noise_type]
-    n = u.numel()
+    population, n = every_u(noise_type).double(), u.numel()
     assert n > 1e7
-    assert abs(u.mean()) < 4.5 * math.sqrt(second / n)
-    assert abs(u.pow(3).mean()) < 4.5 * math.sqrt(sixth / n)
-    assert abs(u.square().mean() - second) <= 4.5 * math.sqrt(max(0, fourth - second**2) / n) + 1e-7
-    assert abs(u.pow(4).mean() - fourth) <= 4.5 * math.sqrt(max(0, eighth - fourth**2) / n) + 1e-7
-    if noise_type != "bernoulli":
-        cdf = stats.uniform(-1, 2).cdf if noise_type == "uniform" else stats.norm(scale=math.sqrt(1 / 3)).cdf
-        assert stats.kstest(u.flatten().numpy(), cdf).pvalue > 1e-4
+    for power in (1, 2, 3, 4):
+        expected, variance = population.pow(power).mean(), population.pow(power).var()
+        assert abs(u.pow(power).mean() - expected) <= 4.5 * (variance / n).sqrt() + 1e-7, power
+
+
+def test_ten_million_draws_are_uniform():
+    u = unit_noise_of(20, 128, 4096)
+    assert stats.kstest(u.flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,7 +16,7 @@ _TEXT = "#010203"  # placeholder, replaced by the page's text colour
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT),
     "svg.fonttype": "none", "svg.hashsalt": "neftune_hf", "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False,
+    "legend.frameon": False, "font.size": 13,
 }  # fmt: skip
 _LOSSES = {"held_out": "held-out loss", "training": "training loss"}
 
@@ -36,7 +36,7 @@ def draw(runs: Runs, metrics: list[dict[str, Any]]) -> dict[str, tuple[str, str]
     for name, (draw_it, panels, caption) in _FIGURES.items():
         if name == "lengths" and "tokens" not in by_key:
             continue
-        figure = Figure(figsize=(9 if panels > 1 else 6.5, 3.2), layout="constrained")
+        figure = Figure(figsize=(7.5 if panels > 1 else 5, 3.6), layout="constrained")
         draw_it(np.atleast_1d(figure.subplots(1, panels)), runs, by_key)
         seeds = len(next(iter(runs.values())))
         figures[name] = _svg(figure), caption.format(over="records and seeds" if seeds > 1 else "records")
@@ -69,7 +69,7 @@ def _differences(panels: Any, runs: Runs, by_key: dict[str, Any]) -> None:
         ticks = {"yticks": range(len(others)), "yticklabels": others, "ylim": (len(others) - 0.5, -0.5)}
         axes.set(title=title, xlabel=f"% of {base}", **ticks)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    panels[1].set_visible("tokens" in by_key)
+    panels[1].set(visible="tokens" in by_key, yticklabels=[])
 
 
 def _records(panels: Any, runs: Runs, by_key: dict[str, Any]) -> None:

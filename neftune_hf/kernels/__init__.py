@@ -174,7 +174,6 @@ def _measure(embeddings: torch.Tensor, layout: SequenceLayout, alpha: torch.Tens
     is_real = layout.lengths > 0
     noise = (is_real / layout.lengths.clamp(min=1).float()).sum() * alpha.square() / 3
     # Summed in float32 and rounded to the embeddings' dtype: with `dtype=` a CPU would first copy them in float32.
-    norms = torch.linalg.vector_norm(embeddings.detach(), dim=-1).to(
-        torch.promote_types(embeddings.dtype, torch.float32)
-    )
+    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(embeddings.detach(), dim=-1).to(wide)
     power_sums.add_(torch.stack([noise, torch.where(is_real, norms.square(), 0).sum().float()]))

@@ -8,13 +8,13 @@ import triton.language as tl
 
 from ..noise import SequenceLayout
 
-_TYPES = ("uniform", "bernoulli")  # gaussian needs the inverse error function, which Triton lacks
+TYPES = ("uniform", "bernoulli")  # gaussian needs the inverse error function, which Triton lacks
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(embeddings: torch.Tensor, neftune_noise_type: str) -> bool:
     """Whether the kernel can add this noise."""
-    return neftune_noise_type in _TYPES and embeddings.dtype in _DTYPES
+    return neftune_noise_type in TYPES and embeddings.dtype in _DTYPES
 
 
 def add_noise(

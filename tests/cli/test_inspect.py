@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from neftune_hf import cli
-from neftune_hf.noise import noise_rms
+from neftune_hf import add_noise, cli, noise_key, sequence_layout
+from neftune_hf.noise import NOISE_TYPES, noise_rms
 
 from ..conftest import D, tiny_llama
 from ..model_types import build
@@ -95,6 +95,23 @@ def test_the_command(model_folder, tmp_path, capsys):
     assert "rounding" not in said
     assert cli.main(["inspect", model_folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["alphas"]["5.0"]["snr_db"] == pytest.approx(-1.0, abs=0.3)
+
+
+@pytest.mark.parametrize("noise_type", NOISE_TYPES)
+def test_the_size_is_that_of_the_configs_type(noise_type, model_folder, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model_name_or_path: {model_folder}\nneftune_noise_alpha: 5\nneftune_noise_type: {noise_type}\n")
+    (report,) = inspect(capsys, str(file), "--length", "400")
+    layout = sequence_layout(torch.arange(400)[None])
+    noise = add_noise(torch.zeros(1, 400, D), layout, 5.0, noise_key(1), noise_type)
+    assert report["alphas"]["5.0"]["noise_rms"] == pytest.approx(noise.square().mean().sqrt().item(), rel=0.05)
+
+
+def test_an_unknown_type_is_refused_by_name(model_folder, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model_name_or_path: {model_folder}\nneftune_noise_type: cauchy\n")
+    assert cli.main(["inspect", str(file)]) == 2
+    assert "`neftune_noise_type` must be one of 'uniform', " in capsys.readouterr().err
 
 
 def test_a_yaml_file_gives_its_alpha(model_folder, tmp_path, capsys):

@@ -68,7 +68,9 @@ def test_no_conclusion_on_length_where_the_limit_cut_half_of_the_completions(sha
     results = summary(made)
     said = write_report(tmp_path, made, plan_of(made))
     assert ("times as long" in said) == (share < 0.5)
-    assert (f"no verdict on completion length ({100 * share:.0f} % met the limit of 64 tokens)" in said) == (share > 0.5)
+    assert (f"no verdict on completion length ({100 * share:.0f} % met the limit of 64 tokens)" in said) == (
+        share > 0.5
+    )
     page = (tmp_path / "report.html").read_text()
     assert ("Lengths of the completions" in page) == (share < 0.5)
     assert "intervals over records and seeds" not in page  # there is one seed
