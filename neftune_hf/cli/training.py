@@ -208,7 +208,10 @@ def maybe_launch(command: str, launch: argparse.Namespace, argv: Sequence[str]) 
     options = ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
     if launch.accelerate_config:
         options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
-    launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", command, *rest]))
+    try:
+        launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", command, *rest]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # rank 0 has said what is kept
     return True
 
 
