@@ -11,6 +11,7 @@ for host in "${hosts[@]}"; do
   case " ${all[*]} " in *" $host "*) ;; *) echo "scripts/newest.sh: no host $host; hosts: ${all[*]}" >&2; exit 2 ;; esac
 done
 summary=${GITHUB_STEP_SUMMARY:-/dev/stdout}
+trap 'echo "### The newest ${hosts[*]} cannot be installed" >>"$summary"' ERR
 rm -rf .venv-newest
 "${PYTHON:-python3.11}" -m venv .venv-newest
 python=.venv-newest/bin/python
@@ -19,6 +20,7 @@ install=("$python" -m pip install --quiet --disable-pip-version-check)
 "${install[@]}" --constraint constraints.txt --editable '.[test]'
 grep -vE "^($(IFS='|' && echo "${hosts[*]}"))==" constraints.txt >.venv-newest/constraints.txt
 "${install[@]}" --constraint .venv-newest/constraints.txt --upgrade --pre "${hosts[@]}"
+trap - ERR
 status=0
 HF_HUB_OFFLINE=1 "$python" -m pytest --numprocesses 2 -m "not slow" -rfE 2>&1 | tee .venv-newest/log || status=$?
 {

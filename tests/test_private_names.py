@@ -37,6 +37,7 @@ NAMES = {
     "deepspeed.utils.groups._get_sequence_parallel_world_size": "distributed",
     "deepspeed.utils.groups.mesh_device": "distributed",
     "deepspeed.utils.groups.mpu": "distributed",
+    "verl.utils.ulysses.get_ulysses_sequence_parallel_world_size": "distributed",
 }
 
 # Attributes that only instances have: the source of the host must mention them.
@@ -60,7 +61,7 @@ ATTRIBUTES = {
 }
 
 STANDARD_LIBRARY = {"_actions", "_exit", "_getframe", "_run_exitfuncs"}
-NOT_FOR_EVERYONE = ("deepspeed", "lm_eval")  # skipped if they are not installed
+NOT_FOR_EVERYONE = ("deepspeed", "lm_eval", "verl")  # skipped if they are not installed
 
 
 def resolve(dotted: str):
