@@ -97,6 +97,26 @@ def is_in_context_parallel() -> bool:
     return (getattr(attention, "__module__", None) or "").startswith(_CONTEXT_PARALLEL)
 
 
+def refuse_unknown_split() -> None:
+    """Raise if the sequences are split by something else than the group of `sequence_parallel_group`.
+
+    Raises:
+        NEFTuneError: torch's `context_parallel` without accelerate's settings, or verl's Ulysses, splits them.
+    """
+    if is_in_context_parallel():
+        raise NEFTuneError(
+            "torch's `context_parallel` splits the sequences over processes, and accelerate does not know which. "
+            "Create an `Accelerator` with `ParallelismConfig(cp_size=...)`, use its `maybe_context_parallel`, and "
+            "call `attach` after that; or set `neftune_noise_alpha=None`."
+        )
+    ulysses = sys.modules.get("verl.utils.ulysses")
+    if ulysses is not None and (size := ulysses.get_ulysses_sequence_parallel_world_size()) > 1:
+        raise NEFTuneError(
+            f"verl splits the sequences over {size} processes, which NEFTune does not support: it would take the "
+            "length of a part as L. Set `engine.ulysses_sequence_parallel_size=1`, or `neftune_noise_alpha=None`."
+        )
+
+
 def gather_call(
     group: SequenceParallelGroup, arguments: Mapping[str, Any], ids: torch.Tensor, site: EmbeddingSite
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import NEFTuneConfig
-from .distributed import SequenceParallelGroup, as_plain_tensors, gather_call, is_in_context_parallel, shard_of
+from .distributed import SequenceParallelGroup, as_plain_tensors, gather_call, refuse_unknown_split, shard_of
 from .embeddings import EmbeddingSite, forward_names
 from .errors import NEFTuneError
 from .kernels import add_noise_to_call
@@ -242,12 +242,8 @@ class NoiseHook:
         group, columns = self.recorder.group, None
         ids, arguments = as_plain_tensors(ids, self.recorder.arguments(self.parents, self.site.is_decoder))
         compiling = torch.compiler.is_compiling()
-        if group is None and not compiling and is_in_context_parallel():
-            raise NEFTuneError(
-                "torch's `context_parallel` splits the sequences over processes, and accelerate does not know which. "
-                "Create an `Accelerator` with `ParallelismConfig(cp_size=...)`, use its `maybe_context_parallel`, and "
-                "call `attach` after that; or set `neftune_noise_alpha=None`."
-            )
+        if group is None and not compiling:
+            refuse_unknown_split()
         if group is not None and (compiling or group.is_active()):
             arguments, ids, columns = gather_call(group, arguments, ids, self.site)
         call = arguments_of_call(arguments, ids, self.site)

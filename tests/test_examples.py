@@ -18,7 +18,7 @@ from trl import DPOTrainer
 
 import neftune_hf
 from neftune_hf import cli
-from neftune_hf.cli import training
+from neftune_hf.cli import recipes, training
 
 from .conftest import ROOT, byte_tokenizer, tiny_llama, token_dataset
 
@@ -36,6 +36,11 @@ def blocks(language: str) -> dict[str, str]:
 
 
 EXAMPLES, COMMANDS, SETTINGS = blocks("python"), blocks("bash"), blocks("yaml")
+TABLES = {  # examples by use
+    file: re.findall(r"(?m)^\| ([^|]+) \| .*?`((?:neftune-hf|python) [^`]+)`", file.read_text(encoding="utf-8"))
+    for file in (ROOT / "README.md", ROOT / "docs" / "index.md")
+}
+COMMANDS |= {f"{file.relative_to(ROOT)}: {use}": command for file, rows in TABLES.items() for use, command in rows}
 
 
 @pytest.fixture
@@ -91,10 +96,18 @@ def test_commands_exist_with_their_options(example, names, capsys):
             check_command(words[1], words[2:], capsys)
 
 
+def test_readme_and_the_front_page_have_the_same_examples():
+    readme, front = TABLES.values()
+    assert readme == front
+    assert len(readme) > 10
+
+
 def check_command(name: str, words: list[str], capsys) -> None:
     if name == "sft":
+        words = recipes.with_files(words)
         training.parse_arguments(words, training.read_config(words))
         return
+    words = words[: words.index("--")] if "--" in words else words  # what follows is another program's
     assert name in cli._COMMANDS
     with pytest.raises(SystemExit, match="0"):
         cli.main([name, "--help"])

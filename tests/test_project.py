@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 import neftune_hf
 from neftune_hf import errors
@@ -49,6 +50,24 @@ def test_readme_shows_a_figure_first_and_its_links_exist():
     assert len(linked) > 20
     for file in linked:
         assert (ROOT / file).is_file(), file
+
+
+def test_workflows_and_templates_parse_and_what_they_name_exists():
+    files = [file for file in (ROOT / ".github").rglob("*") if file.is_file()]
+    assert {"bug.yml", "PULL_REQUEST_TEMPLATE.md", "SECURITY.md", "nightly.yml"} <= {file.name for file in files}
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert file.suffix == ".md" or isinstance(yaml.safe_load(text), dict)
+        for name in re.findall(r"\b(?:scripts|tests)/\w+\.\w+|\.ci/run|CONTRIBUTING\.md", text):
+            assert (ROOT / name).is_file(), f"{file.name}: {name}"
+    assert "`neftune-hf env`" in (ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8")
+
+
+def test_the_package_loads_no_pickle_and_no_unsafe_yaml():
+    """As .github/SECURITY.md says."""
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "neftune_hf").rglob("*.py"))
+    assert "yaml.safe_load" in source
+    assert not re.findall(r"pickle\.loads?\(|torch\.load\(|yaml\.load\(", source)
 
 
 def test_every_public_name_is_on_the_api_page():

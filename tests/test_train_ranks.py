@@ -1,11 +1,14 @@
 """The Trainer in several processes: every record's noise, the ratio over all ranks, resumed and killed runs."""
 
+import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from neftune_hf import add_noise
 from neftune_hf.layout import sequence_layout
@@ -63,32 +66,33 @@ def test_a_killed_process_and_a_restart_from_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_of_ray(tmp_path):
-    """Bit-identical to torchrun."""
+def test_two_workers_of_ray(tmp_path, model_folder):
+    """scripts/ray_train.py, interrupted and continued: bit-identical to torchrun."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: Ray Train is not tested")
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    import ray_train
 
-    def work(config):
-        from tests.train_ranks import main
-
-        main("ddp", config["folder"])
-
-    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": variables})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": "Noise on embeddings. " * n}) + "\n" for n in range(1, 9)))
+    settings = {"model": model_folder, "data": str(data), "batch_size": 2, "save_steps": 2, "max_steps": 2}
+    settings |= {"storage_path": str(tmp_path / "ray"), "num_workers": 2}
+    variables = {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ray.init(num_cpus=3, include_dashboard=False, runtime_env={"env_vars": variables | {"HF_HUB_OFFLINE": "1"}})
     try:
-        TorchTrainer(
-            work,
-            train_loop_config={"folder": tmp_path},
-            torch_config=TorchConfig(backend="gloo"),
-            scaling_config=ScalingConfig(num_workers=2),
-            run_config=RunConfig(storage_path=str(tmp_path / "ray")),
-        ).fit()
+        for steps in (2, 4):
+            settings["max_steps"] = steps
+            result = ray_train.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
     finally:
         ray.shutdown()
-    found, expected = torch.load(tmp_path / "run.pt"), train(tmp_path / "torchrun", 2)
-    assert found["records"] == expected["records"]
-    assert all(torch.equal(a, b) for a, b in zip(found["weights"], expected["weights"], strict=True))
+    settings |= {"neftune_noise_alpha": 5.0, "use_gpu": False}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    torchrun(2, "-m", "tests.train_ranks", "script", str(tmp_path))
+    expected = torch.load(tmp_path / "script.pt")
+    assert result.metrics["step"] == 4
+    for name in ("loss", "neftune/alpha", "neftune/snr_db"):
+        assert result.metrics[name] == expected["log"][name]
+    found = load_file(Path(result.checkpoint.path) / "checkpoint" / "model.safetensors")
+    assert len(found) > 10
+    assert all(torch.equal(weight, expected["weights"][name]) for name, weight in found.items())
 
 
 @pytest.mark.slow

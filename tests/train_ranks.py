@@ -1,9 +1,11 @@
 """Run by test_train_ranks under torchrun or Ray: the Trainer in an accelerate setup, checking every record's noise.
 
 python -m tests.train_ranks SETUP FOLDER [resume | die]
+python -m tests.train_ranks script FOLDER      what scripts/ray_train.py trains, without Ray, with FOLDER/settings.json
 """
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -21,7 +23,7 @@ from neftune_hf.handle import decibels
 from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
-from .conftest import tiny_llama
+from .conftest import ROOT, tiny_llama
 from .helpers import COMMON, losses, make, pad
 from .ranks import accelerator_on_cpu
 
@@ -171,7 +173,23 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
         distributed.barrier()
 
 
+def script(folder: Path) -> None:
+    sys.path.append(str(ROOT / "scripts"))
+    from ray_train import make_trainer
+
+    settings = json.loads((folder / "settings.json").read_text())
+    for steps in (2, 4):
+        trainer = make_trainer(settings | {"max_steps": steps}, str(folder / "torchrun"))
+        trainer.train(resume_from_checkpoint=steps == 4)
+    log = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
+    if trainer.args.process_index == 0:
+        torch.save({"log": log, "weights": trainer.model.state_dict()}, folder / "script.pt")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    if sys.argv[1] == "script":
+        script(Path(sys.argv[2]))
+    else:
+        main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
     if distributed.is_initialized():
         os._exit(0)  # gloo may hang when the interpreter tears it down
