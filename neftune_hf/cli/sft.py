@@ -1,6 +1,7 @@
 """`neftune-hf sft`: supervised fine-tuning with TRL and NEFTune."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ def run(argv: Sequence[str]) -> None:
     """Fine-tune with TRL and NEFTune, from a YAML file and the command line, and print a summary.
 
     Every field of TRL's SFTConfig, ModelConfig, ScriptArguments and DatasetMixtureConfig and of NEFTuneConfig can be
-    set as an option or in the YAML file.
+    set as an option or in the YAML file. If torchrun restarts it after a failure, it continues from the last
+    checkpoint.
     """
     argv = recipes.with_files(argv)
     settings = training.read_config(argv)
@@ -24,7 +26,15 @@ def run(argv: Sequence[str]) -> None:
     script_args, training_args, model_args, mixture, launch = training.parse_arguments(argv, settings)
     if training.maybe_launch("sft", launch, argv):
         return
-    training.check_arguments(script_args, training_args, model_args, mixture, launch.overwrite_output_dir)
+    from accelerate.utils import broadcast_object_list
+
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if is_restart:  # torchrun starts all processes again after a failure
+        last = [_last_checkpoint(Path(training_args.output_dir))]
+        (training_args.resume_from_checkpoint,) = broadcast_object_list(last)
+    training.check_arguments(
+        script_args, training_args, model_args, mixture, overwrite=is_restart or launch.overwrite_output_dir
+    )
 
     tokenizer = training.load_tokenizer(model_args, training_args)
     if training_args.process_index != 0:  # all processes read the same data; one logs about it
@@ -60,12 +70,16 @@ def _says_what_is_kept(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        saved = [file.parent for file in output_dir.glob("checkpoint-*/trainer_state.json")]  # written last
-        if not saved:
+        if (last := _last_checkpoint(output_dir)) is None:
             raise KeyboardInterrupt("No checkpoint was saved (see `save_strategy` and `save_steps`).") from interrupt
-        last = max(saved, key=lambda folder: int(folder.name.split("-")[1]))
         options = f"`--resume_from_checkpoint {last}`"
         raise KeyboardInterrupt(f"{last} is kept. To continue from it, add {options} to the command.") from interrupt
+
+
+def _last_checkpoint(output_dir: Path) -> str | None:
+    """The last checkpoint that was saved whole."""
+    saved = [file.parent for file in output_dir.glob("checkpoint-*/trainer_state.json")]  # written last
+    return max(map(str, saved), key=lambda folder: int(folder.rpartition("-")[2]), default=None)
 
 
 def summary(trainer: "NEFTuneSFTTrainer", example: dict[str, Any] | None, before: str | None, after: str | None) -> str:

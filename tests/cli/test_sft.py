@@ -72,8 +72,9 @@ def test_the_command_is_the_same_run_as_in_python(config, runs, tmp_path, capsys
     assert f"model saved in {tmp_path / 'out'}" in printed
 
 
-@pytest.mark.parametrize("saves", [False, True])
-def test_ctrl_c_says_what_is_kept_and_the_run_goes_on(saves, config, runs, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def interrupted_run(config, monkeypatch):
+    """Runs the command, and interrupts it in the fourth step."""
     step = NEFTuneSFTTrainer.training_step
 
     def interrupted(trainer, *args):
@@ -81,10 +82,30 @@ def test_ctrl_c_says_what_is_kept_and_the_run_goes_on(saves, config, runs, tmp_p
             raise KeyboardInterrupt
         return step(trainer, *args)
 
+    def run(**settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(NEFTuneSFTTrainer, "training_step", interrupted)
+            assert main(["sft", "--config", config(**settings)]) == 130
+
+    return run
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_restart_by_torchrun_continues(saves, interrupted_run, config, runs, tmp_path, monkeypatch):
     settings = {"save_strategy": "steps", "save_steps": 2} if saves else {}
-    with monkeypatch.context() as patch:
-        patch.setattr(NEFTuneSFTTrainer, "training_step", interrupted)
-        assert main(["sft", "--config", config(**settings)]) == 130
+    interrupted_run(**settings)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["sft", "--config", config(**settings)]) == 0
+    assert len(losses(runs[1])) == 4
+    assert main(["sft", "--config", config(output_dir=str(tmp_path / "whole"))]) == 0
+    assert losses(runs[1]) == losses(runs[2])
+    assert runs[1].args.resume_from_checkpoint == (str(tmp_path / "out" / "checkpoint-2") if saves else None)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_ctrl_c_says_what_is_kept_and_the_run_goes_on(saves, interrupted_run, config, runs, tmp_path, capsys):
+    settings = {"save_strategy": "steps", "save_steps": 2} if saves else {}
+    interrupted_run(**settings)
     said = capsys.readouterr().err.splitlines()[-1]
     if not saves:
         assert said == "neftune-hf: interrupted. No checkpoint was saved (see `save_strategy` and `save_steps`)."
