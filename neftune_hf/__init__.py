@@ -3,8 +3,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import errors
-
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -65,7 +63,9 @@ def __getattr__(name: str):
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise
-        raise ModuleNotFoundError(f"`{name}` needs trl: {errors.how_to_install('trl')}", name="trl") from error
+        raise ModuleNotFoundError(
+            f'`{name}` needs trl: pip install "trl>=1.9" "datasets>=4.8.4"', name="trl"
+        ) from error
 
 
 def __dir__() -> list[str]:

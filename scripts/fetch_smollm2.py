@@ -42,11 +42,10 @@ def unpack(scratch: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # three bars in a few seconds
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.hf_quantizer = None  # the weights are float32 now; saving fails otherwise
     model.is_quantized = False

@@ -125,6 +125,7 @@ def test_a_baseline_run_and_then_a_noised_one(tmp_path):
     assert losses(plain) == losses(again) != losses(noised)
 
 
+@pytest.mark.slow
 def test_a_compiler_warns_of_the_width_too():
     torch._dynamo.reset()
     with (

@@ -108,5 +108,6 @@ def test_settings_are_fields_of_the_command(example, names, tmp_path):
     for plugin in settings.pop("plugins", ()):
         assert find_spec(plugin.rpartition(".")[0])
     (tmp_path / "mine.jsonl").touch()
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    required = {"model_name_or_path": "a/model", "dataset_name": "a/set"}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(required | settings))
     check_command("sft", ["--config", "settings.yaml"], None)

@@ -226,7 +226,9 @@ def test_compiled_equals_eager(dtype, noise_type):
         assert torch.equal(e.grad, torch.ones_like(e))
 
 
-@pytest.mark.parametrize("path", ["reference", "blocks", "triton", pytest.param("compiled", marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "path", ["reference", "blocks", "triton", pytest.param("compiled", marks=[needs_compiler, pytest.mark.slow])]
+)
 @pytest.mark.parametrize("noise_type", NOISE_TYPES)
 def test_the_two_noises_sum_to_zero(path, noise_type, monkeypatch):
     if path == "triton" and noise_type not in triton_kernels.TYPES:

@@ -147,6 +147,7 @@ def unit_noise_of(rows, width, d, seed=0, key=None, noise_type="uniform"):
     return unit_noise(words, noise_type).flatten(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise_type", NOISE_TYPES)
 def test_moments_over_ten_million_draws(noise_type):
     u = unit_noise_of(20, 128, 4096, noise_type=noise_type).double()
@@ -262,6 +263,7 @@ def lagged(n, taps, combine):
     return (x - 2**31).to(torch.int32)
 
 
+@pytest.mark.slow
 def test_the_test_of_independence_sees_bad_generators():
     pool = torch.rand(2**16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     offsets = torch.randint(0, 2**16 - 1024, (1024,), generator=torch.Generator().manual_seed(1))

@@ -106,6 +106,7 @@ def test_the_scripts_run_and_are_short(
     assert whole.startswith("user: " if chat else TASK)
 
 
+@pytest.mark.slow
 def test_the_card_and_an_adapter_that_needs_nothing_of_ours(tmp_path, model_folder):
     out = tmp_path / "out"
     words = ["--config", str(ROOT / "configs" / "alpaca_qwen3.yaml"), "--neftune_seed", "7", "--packing", "false"]

@@ -150,6 +150,7 @@ def test_a_checkpoint_repeats_its_pass_with_its_sign():
         gradients(checkpointed, inside=False)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_no_further_graph():
     counts = []
     for symmetric in (False, True):

@@ -47,11 +47,8 @@ def run(folder, tracker):
     (Path(folder) / "logged.json").write_text(json.dumps(logged))
 
 
-@pytest.mark.parametrize(
-    "read",
-    [tensorboard, pytest.param(trackio, marks=pytest.mark.slow), pytest.param(wandb, marks=pytest.mark.slow)],
-    ids=lambda read: read.__name__,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("read", [tensorboard, trackio, wandb], ids=lambda read: read.__name__)
 def test_trackers_are_given_alpha_and_the_ratio(read, tmp_path):
     """In a separate process, because trackers read their settings on import and finish at exit."""
     settings = {"TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline"}

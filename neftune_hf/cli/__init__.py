@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import NEFTuneError, how_to_install
+from ..errors import NEFTuneError
+from .extras import how_to_install
 
 _COMMANDS = {
     "sft": "supervised fine-tuning with TRL; takes --config FILE and any field of SFTConfig as an option",

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import DatasetError, NEFTuneConfigError, first_line, how_to_install
+from ..errors import DatasetError, NEFTuneConfigError, first_line
 from . import recipes
+from .extras import how_to_install
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,9 +105,9 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
     if fields := _field_names():
         _refuse_unknown(words, settings, fields | {action.dest for action in options_of_command._actions})
     given = settings | {name: value for name, value in vars(options).items() if value}
-    name = given.get("dataset_name")
-    if isinstance(name, str) and name.endswith((".json", ".jsonl", ".parquet")) and not Path(name).exists():
-        raise DatasetError(f"`dataset_name`: there is no file {name}.")
+    data = given.get("dataset_name")
+    if isinstance(data, str) and data.endswith((".json", ".jsonl", ".parquet")) and not Path(data).exists():
+        raise DatasetError(f"`dataset_name`: there is no file {data}.")
     if not given.get("model_name_or_path") or not (given.get("dataset_name") or given.get("datasets")):
         raise NEFTuneConfigError(
             "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."
@@ -138,7 +139,7 @@ def _field_names() -> set[str]:
             if isinstance(node, ast.ClassDef) and node.name in bases:
                 found.add(node.name)
                 bases |= {base.id for base in node.bases if isinstance(base, ast.Name)}
-                fields |= {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+                fields |= {ast.unparse(part.target) for part in node.body if isinstance(part, ast.AnnAssign)}
     return fields if found == bases else set()
 
 
@@ -207,7 +208,10 @@ def maybe_launch(command: str, launch: argparse.Namespace, argv: Sequence[str]) 
     options = ["--num_processes", str(launch.num_processes)] if launch.num_processes else []
     if launch.accelerate_config:
         options += resolve_accelerate_config_argument(["--accelerate_config", launch.accelerate_config])
-    launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", command, *rest]))
+    try:
+        launch_command(launch_command_parser().parse_args([*options, "--module", "neftune_hf", command, *rest]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # rank 0 has said what is kept
     return True
 
 

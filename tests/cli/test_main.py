@@ -10,7 +10,7 @@ import pytest
 
 import neftune_hf
 from neftune_hf.cli import main
-from neftune_hf.errors import how_to_install
+from neftune_hf.cli.extras import how_to_install
 
 from ..records import write
 
@@ -77,6 +77,12 @@ def test_a_missing_extra_is_one_line(command, tmp_path):
 def test_what_to_install_is_named_by_its_package(module, packages):
     command = how_to_install(module)
     assert (command and [re.match(r"[\w-]+", word)[0] for word in shlex.split(command)[2:]]) == packages
+
+
+def test_the_trainer_names_the_same_packages():
+    code = "from neftune_hf.cli.extras import how_to_install\nprint(how_to_install('trl'))\n"
+    result = python(WITHOUT_EXTRAS + code + "from neftune_hf import NEFTuneSFTTrainer")
+    assert result.stderr.endswith(f"`NEFTuneSFTTrainer` needs trl: {result.stdout}")
 
 
 def test_an_interrupt_in_a_destructor_is_not_lost():
