@@ -6,8 +6,9 @@
                                                     # writes docs/figures/measured.json again, see `measure`
 
 measured.json has the data that a clone lacks: lengths of real records (numbers, no text) and the RMS of real models'
-embeddings, whose tables have 8 bits: they are from third parties' GGUF files, not the original weights. Everything else is computed: the noise by running transformers' hook and this library's on batches that
-TRL makes from these lengths, and the times at which the hooks are on by training.
+embeddings, whose tables have 8 bits: they are from third parties' GGUF files, not the original weights. Everything else
+is computed: the noise by running transformers' hook and this library's on batches that TRL makes from these lengths,
+and the times at which the hooks are on by training.
 """
 
 import argparse
