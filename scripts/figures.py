@@ -6,8 +6,9 @@
                                                     # writes docs/figures/measured.json again, see `measure`
 
 measured.json has the data that a clone lacks: lengths of real records (numbers, no text) and the RMS of real models'
-embeddings. Everything else is computed: the noise by running transformers' hook and this library's on batches that
-TRL makes from these lengths, and the times at which the hooks are on by training.
+embeddings, whose tables have 8 bits: they are from third parties' GGUF files, not the original weights. Everything else
+is computed: the noise by running transformers' hook and this library's on batches that TRL makes from these lengths,
+and the times at which the hooks are on by training.
 """
 
 import argparse
@@ -354,7 +355,7 @@ def snr():
     axes.set(xlim=(16, 4096), ylim=(0, 58), xticks=[16, 64, 256, 1024, 4096])
     axes.set_xticklabels(["16", "64", "256", "1,024", "4,096"])
     axes.minorticks_off()
-    axes.set_xlabel("L, tokens in the sequence")
+    axes.set_xlabel("L, tokens in the sequence\n(embeddings rounded to 8 bits, from GGUF files)")
     axes.set_ylabel(f"signal-to-noise ratio at alpha {ALPHA:g} (dB)")
     plain(axes, "left", "bottom")
     return figure

@@ -1,6 +1,11 @@
 """The figures and the table in the docs match the output of `scripts/figures.py`."""
 
+import json
+import math
+
 import pytest
+
+from neftune_hf.noise import noise_rms
 
 from .conftest import ROOT
 
@@ -17,6 +22,16 @@ def test_figures_and_table(tmp_path, monkeypatch):
     drawn = {file.name: file.read_text() for file in tmp_path.glob("*.svg")}
     assert drawn == {file.name: file.read_text() for file in FOLDER.glob("*.svg")}
     assert figures.noise_table() in (ROOT / "docs" / "from_the_builtin.md").read_text()
+
+
+def test_the_table_of_signal_to_noise_ratios():
+    models = json.loads((FOLDER / "measured.json").read_text())["models"]
+    smollm2, gemma = models["SmolLM2-135M-Instruct"], models["gemma-3-270m"]
+    page = (ROOT / "docs" / "snr.md").read_text()
+    for length in (32, 128, 512, 2048):
+        columns = ((smollm2, 1), (gemma, gemma["d"] ** 0.5), (gemma, 1))
+        ratios = [20 * math.log10(factor * x["rms"] / noise_rms(5, length, x["d"])) for x, factor in columns]
+        assert f"| {length:,} | " + " | ".join(f"{ratio:.1f} dB" for ratio in ratios) + " |" in page
 
 
 def test_each_figure_is_shown_and_described():
