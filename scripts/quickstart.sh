@@ -9,6 +9,6 @@ case " $* " in *" --model_name_or_path"[\ =]*) ;; *)
   model=(--model_name_or_path "$folder")
   echo "Model: SmolLM2-135M-Instruct from a third party's 4-bit file (Q4_1), not the original weights. Data: configs/quickstart." ;;
 esac
-.venv/bin/neftune-hf compare --config configs/quickstart.yaml --alphas 0 5 --seeds 0 --max_steps 8 --records 8 \
-  --max_new_tokens 32 "${model[@]}" "$@"
+.venv/bin/neftune-hf compare --config configs/quickstart.yaml --alphas 0 5 --seeds 0 --max_steps 8 --records 6 \
+  --max_new_tokens 64 "${model[@]}" "$@"
 [ $# -gt 0 ] || echo "Next, two more seeds, so that the intervals are over runs too: scripts/quickstart.sh --seeds 0 1 2"
