@@ -3,7 +3,7 @@
     python scripts/ray_train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data records.jsonl \\
         --storage_path s3://BUCKET --num_workers 8 --use_gpu
 
-Each line of the data has a `text`. Needs `pip install neftune_hf datasets "ray[train]"` on every machine. Started again
+Each line of the data has a `text`. Every machine needs neftune_hf, datasets and ray[train]. Started again
 with the same `--name`, or after the loss of a machine, it continues from its last checkpoint, with the noise of a run
 that was never interrupted.
 """
