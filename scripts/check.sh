@@ -31,7 +31,7 @@ scripts/quickstart.sh --max_steps 3 --records 4 --max_new_tokens 8 --output_dir 
 
 title "The tests, and the slow tests"
 scripts/test.sh
-scripts/test.sh -m slow
+scripts/test.sh -m slow --numprocesses 3 --dist worksteal --durations 15
 
 title "The lower bounds of pyproject.toml"
 scripts/lower_bounds.sh dist/*.whl
