@@ -12,7 +12,7 @@ from transformers import Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from neftune_hf import NEFTuneCallback, NEFTuneSFTTrainer
-from neftune_hf.cli import main, recipes
+from neftune_hf.cli import main, recipes, training
 from neftune_hf.cli.data import literal_source, load_instructions, to_prompt_completion
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
@@ -70,6 +70,16 @@ def test_the_command_is_the_same_run_as_in_python(config, runs, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "model.embed_tokens (Embedding, d=32), noised in 4 steps" in printed
     assert f"model saved in {tmp_path / 'out'}" in printed
+
+
+def test_the_fields_read_from_the_source_are_those_of_the_parser():
+    """If a host moves them, unknown names are found only after its import."""
+    actions = [action for action in training._parser([])._actions if action.dest != "help"]
+    names, of_command = {action.dest for action in actions}, {"config", "accelerate_config", "num_processes"}
+    assert training._field_names() == names - of_command - {"overwrite_output_dir"} | {"env"}
+    options = [option for action in actions for option in action.option_strings]  # with dashes, and with --no_
+    assert any(option.startswith("--no_") for option in options)
+    training._refuse_unknown(options, {}, names)
 
 
 @pytest.fixture
