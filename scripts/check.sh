@@ -27,7 +27,7 @@ title "The docs"
 NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 title "The quickstart, cut to a few steps"
-scripts/quickstart.sh --max_steps 3 --records 4 --max_new_tokens 8 --output_dir outputs/check
+scripts/quickstart.sh --max_steps 2 --records 2 --max_new_tokens 4 --output_dir outputs/check
 
 title "The tests, and the slow tests"
 scripts/test.sh
