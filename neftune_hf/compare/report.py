@@ -194,7 +194,7 @@ def _verdict(name: str, base: str, results: dict[str, Any]) -> str:
             parts.append(f"completions {mid:.2f} times as long [{low:.2f}, {high:.2f}]")
         else:
             parts.append(f"no difference in completion length found ({mid:.2f} times [{low:.2f}, {high:.2f}])")
-    elif results["limit_met"]:
+    elif results["limit_met"] >= 0.5:
         limit = f"limit of {results['arguments']['max_new_tokens']} tokens"
         parts.append(f"no verdict on completion length ({100 * results['limit_met']:.0f} % met the {limit})")
     for metric in by_key.values():
