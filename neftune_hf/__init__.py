@@ -5,54 +5,37 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from .callback import NEFTuneCallback
-    from .config import NEFTuneConfig
-    from .embeddings import EmbeddingSite, find_input_embeddings
-    from .errors import NEFTuneError
-    from .handle import NEFTuneHandle, attach
-    from .layout import sequence_layout, sequence_lengths
-    from .noise import add_noise, noise_key
-    from .patch import patch_transformers
-    from .sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
-    from .trainer import NEFTuneTrainerMixin
+if TYPE_CHECKING:  # `as` says that they are exported
+    from .callback import NEFTuneCallback as NEFTuneCallback
+    from .config import NEFTuneConfig as NEFTuneConfig
+    from .embeddings import EmbeddingSite as EmbeddingSite
+    from .embeddings import find_input_embeddings as find_input_embeddings
+    from .errors import NEFTuneError as NEFTuneError
+    from .handle import NEFTuneHandle as NEFTuneHandle
+    from .handle import attach as attach
+    from .layout import sequence_layout as sequence_layout
+    from .noise import add_noise as add_noise
+    from .noise import noise_key as noise_key
+    from .patch import patch_transformers as patch_transformers
+    from .sft import NEFTuneSFTConfig as NEFTuneSFTConfig
+    from .sft import NEFTuneSFTTrainer as NEFTuneSFTTrainer
+    from .trainer import NEFTuneTrainerMixin as NEFTuneTrainerMixin
 
 # Names are imported on first use, because torch, transformers' Trainer and TRL take seconds to import.
-_MODULES = {
-    "EmbeddingSite": "embeddings",
-    "NEFTuneCallback": "callback",
-    "NEFTuneConfig": "config",
-    "NEFTuneError": "errors",
-    "NEFTuneHandle": "handle",
-    "NEFTuneSFTConfig": "sft",
-    "NEFTuneSFTTrainer": "sft",
-    "NEFTuneTrainerMixin": "trainer",
-    "add_noise": "noise",
-    "attach": "handle",
-    "find_input_embeddings": "embeddings",
-    "noise_key": "noise",
-    "patch_transformers": "patch",
-    "sequence_layout": "layout",
-    "sequence_lengths": "layout",
+_NAMES = {
+    "callback": ("NEFTuneCallback",),
+    "config": ("NEFTuneConfig",),
+    "embeddings": ("EmbeddingSite", "find_input_embeddings"),
+    "errors": ("NEFTuneError",),
+    "handle": ("NEFTuneHandle", "attach"),
+    "layout": ("sequence_layout",),
+    "noise": ("add_noise", "noise_key"),
+    "patch": ("patch_transformers",),
+    "sft": ("NEFTuneSFTConfig", "NEFTuneSFTTrainer"),
+    "trainer": ("NEFTuneTrainerMixin",),
 }
-
-__all__ = [
-    "EmbeddingSite",
-    "NEFTuneCallback",
-    "NEFTuneConfig",
-    "NEFTuneError",
-    "NEFTuneHandle",
-    "NEFTuneSFTConfig",
-    "NEFTuneSFTTrainer",
-    "NEFTuneTrainerMixin",
-    "add_noise",
-    "attach",
-    "find_input_embeddings",
-    "noise_key",
-    "patch_transformers",
-    "sequence_layout",
-    "sequence_lengths",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):

@@ -1,18 +1,24 @@
-"""NEFTune in any Trainer: the hooks are on from `on_step_begin` until the step's last backward pass has run."""
+"""NEFTune in any Trainer: the hooks are on from `on_step_begin` until the step's last backward pass has run.
 
+Importing this module wraps `Trainer.train`, for good, without effect on a Trainer that has no callback of ours.
+"""
+
+import functools
 import logging
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.neftune import neftune_post_forward_hook
+from transformers.trainer_callback import CallbackHandler
 
 from .config import NEFTuneConfig, NEFTuneFields, merge
 from .distributed import sum_over_ranks
 from .errors import NEFTuneError, NEFTuneWarning
-from .handle import NEFTuneHandle, decibels
-from .integration import TrainerOwner, remove_builtin
+from .handle import NEFTuneHandle, attached_handle, decibels
 from .noise import rounding_snr_db
 
 logger = logging.getLogger(__name__)
@@ -34,7 +40,7 @@ class NEFTuneRun(NamedTuple):
     snr_db: float | None
 
 
-class NEFTuneCallback(TrainerOwner):
+class NEFTuneCallback(TrainerCallback):
     """NEFTune for any `transformers.Trainer`.
 
     The hooks are on from `on_step_begin` until the last backward pass of the step has run, so evaluation, prediction,
@@ -44,8 +50,7 @@ class NEFTuneCallback(TrainerOwner):
     Settings that are not given here, such as `neftune_noise_alpha`, are taken from the trainer's args. transformers'
     built-in NEFTune is switched off.
 
-    An exception inside a step leaves the hooks on until a Trainer next runs the model, with or without NEFTune, or
-    until [`detach`] is called; [`NEFTuneTrainerMixin`] calls it for you.
+    The model is clean when `train()` returns or raises.
 
     Each training log gets `neftune/alpha` and `neftune/snr_db`, the signal-to-noise ratio: 10 * log10 of the power of
     the embeddings over that of the noise, over all real tokens since the last log.
@@ -60,7 +65,7 @@ class NEFTuneCallback(TrainerOwner):
         NEFTuneConfigError: A setting is out of range, or differs from the one in the args.
         EmbeddingNotFoundError: The model has no token embeddings.
         NEFTuneError: The Trainer has two of these callbacks, or one process runs the model on several GPUs
-            (`torch.nn.DataParallel`), or `neftune_symmetric` is True without [`NEFTuneTrainerMixin`].
+            (`torch.nn.DataParallel`).
         NoNoiseError: An embedding was not noised in a training step.
 
     Example:
@@ -76,7 +81,6 @@ class NEFTuneCallback(TrainerOwner):
     _level = logging.INFO  # of the message logged when a run begins
     handle: NEFTuneHandle | None = None
     run: NEFTuneRun | None = None
-    can_pass_twice = False  # set by NEFTuneTrainerMixin
     _snr_db: float | None = None  # over all ranks, for the next log
     _is_first_step = False
 
@@ -88,25 +92,29 @@ class NEFTuneCallback(TrainerOwner):
         merge(self.fields, args)
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        self.detach()
+        self.remove()
         replaces_builtin = remove_builtin(model) or args.neftune_noise_alpha
         config = merge(self.fields, args)
         if config.neftune_seed is None:
-            config = replace(config, neftune_seed=args.seed)
-        self._refuse(config, args)
-        self.handle = NEFTuneHandle(model, config, follows_optimizer=False)
+            config.neftune_seed = args.seed
+        if config.enabled and args.n_gpu > 1:
+            raise NEFTuneError(
+                f"`args` has {args.n_gpu} GPUs in one process, and NEFTune does not support `torch.nn.DataParallel`, "
+                "which runs copies of the model in threads. Start one process per GPU with `accelerate launch`, or "
+                "make only one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+        self.handle = NEFTuneHandle(model, config, state.max_steps, follows_optimizer=False)
         self._is_first_step = True
         self._record_run()
         if self.handle.sites and state.is_world_process_zero:
-            _warn_of_data(config, args)
+            _warn_of_args(config, args)
             logger.log(
                 self._level,
-                "NEFTune: %s noise, alpha %g (%s), on %s%s%s",
+                "NEFTune: %s noise, alpha %g (%s), on %s%s",
                 config.neftune_noise_type,
                 config.neftune_noise_alpha,
                 config.neftune_schedule,
                 ", ".join(map(str, self.handle.sites)),
-                "; symmetric pairs: two passes per step" if config.neftune_symmetric else "",
                 "; replaces transformers' built-in" if replaces_builtin else "",
             )
 
@@ -125,7 +133,7 @@ class NEFTuneCallback(TrainerOwner):
         if self.handle is not None:
             self.handle.remove()
             self.handle.check_noised()
-            self.handle.end_step()
+            self.handle.drop_step()
             self._measure(args, control)
             if state.is_world_process_zero and self._is_first_step:
                 self._warn_of_size(args)
@@ -138,14 +146,14 @@ class NEFTuneCallback(TrainerOwner):
             self._measure(args, control)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.detach()
+        self.remove()
 
-    def write_metrics(self, logs: dict[str, float], state) -> None:
+    def on_log(self, args, state, control, logs: dict[str, float], **kwargs):
         """Add alpha and the ratio since the last log to a training log and its entry in the log history, once."""
-        if self.handle is None or not self.handle.sites or "loss" not in logs or "neftune/alpha" in logs:
+        if self.handle is None or not self.handle.sites or "loss" not in logs or not state.log_history:
             return
-        entry = state.log_history[-1] if state.log_history else {}
-        if not all(name in entry and entry[name] is value for name, value in logs.items()):
+        entry = state.log_history[-1]
+        if entry["step"] != state.global_step or "neftune/alpha" in entry:
             return  # from other code than the Trainer's
         metrics = {"neftune/alpha": self.handle.alpha}
         snr_db = self.handle.snr_db if self._snr_db is None else self._snr_db
@@ -156,25 +164,12 @@ class NEFTuneCallback(TrainerOwner):
         self._snr_db = None
         self.handle.reset_power_sums()
 
-    def detach(self) -> None:
+    def remove(self) -> None:
         """Remove the hooks and drop the model. Can be called at any time."""
         if self.handle is not None:
             self.handle.remove()
             self._record_run()
             self.handle = None
-
-    def _refuse(self, config: NEFTuneConfig, args) -> None:
-        if config.enabled and config.neftune_symmetric and not self.can_pass_twice:
-            raise NEFTuneError(
-                "`neftune_symmetric` is True, but a callback cannot pass a batch twice. Use `NEFTuneSFTTrainer` or "
-                "`class MyTrainer(NEFTuneTrainerMixin, Trainer)`, or set `neftune_symmetric=False`."
-            )
-        if config.enabled and args.n_gpu > 1:
-            raise NEFTuneError(
-                f"`args` has {args.n_gpu} GPUs in one process, and NEFTune does not support `torch.nn.DataParallel`, "
-                "which runs copies of the model in threads. Start one process per GPU with `accelerate launch`, or "
-                "make only one GPU visible with CUDA_VISIBLE_DEVICES."
-            )
 
     def _measure(self, args, control) -> None:
         """Sum over all ranks if the Trainer is about to log: it does so on every rank, a user's own code may not."""
@@ -212,8 +207,8 @@ class NEFTuneCallback(TrainerOwner):
         return self.__dict__ | {"handle": None}
 
 
-def _warn_of_data(config: NEFTuneConfig, args) -> None:
-    """Warn of data from which no collator's batch tells where documents end."""
+def _warn_of_args(config: NEFTuneConfig, args) -> None:
+    """Warn of data from which no batch tells where documents end, and of a loss that noise distorts."""
     is_wrapped = getattr(args, "packing", False) and getattr(args, "packing_strategy", None) == "wrapped"
     if is_wrapped and config.neftune_length == "sequence":
         warnings.warn(
@@ -222,3 +217,88 @@ def _warn_of_data(config: NEFTuneConfig, args) -> None:
             NEFTuneWarning,
             stacklevel=2,
         )
+    if _divides_by_a_clean_pass(args):
+        warnings.warn(
+            f"`neftune_noise_alpha` is {config.neftune_noise_alpha:g} with {type(args).__name__}, whose loss divides "
+            "the policy's probabilities from a noised pass by those from an earlier, clean pass: the ratios are off "
+            "from the first step and many are clipped. NEFTune is for supervised fine-tuning.",
+            NEFTuneWarning,
+            stacklevel=2,
+        )
+
+
+def _divides_by_a_clean_pass(args) -> bool:
+    """Whether a loss has a ratio, clipped at `epsilon`, of probabilities to those of the rollouts when they were made.
+
+    GRPO and SDPO, which have an `importance_sampling_level`, leave the earlier pass out if every rollout is used in one
+    optimizer step only.
+    """
+    if not hasattr(args, "epsilon"):
+        return False
+    if not hasattr(args, "importance_sampling_level"):  # RLOO, asynchronous GRPO
+        return True
+    return args.use_vllm or args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
+
+
+fallback: Callable[[], NEFTuneCallback] | None = (
+    None  # for a Trainer that only has alpha, while `patch_transformers` is on
+)
+
+
+def callback_of(handler: CallbackHandler) -> NEFTuneCallback | None:
+    """The `NEFTuneCallback` of the Trainer with these callbacks.
+
+    Raises:
+        NEFTuneError: There are two.
+    """
+    ours = [callback for callback in handler.callbacks if isinstance(callback, NEFTuneCallback)]
+    if len(ours) > 1:
+        raise NEFTuneError("`callbacks` has two `NEFTuneCallback`s, which would add the noise twice. Remove one.")
+    return ours[0] if ours else None
+
+
+def _with_neftune(train: Callable) -> Callable:
+    """Wrap `Trainer.train`: transformers' built-in stays off beside ours, and the model is clean whatever ends the run.
+
+    Letting the built-in activate and then removing it is not enough: it raises AttributeError on some models, and stays
+    on the model if `train()` fails early.
+    """
+
+    @functools.wraps(train)
+    def wrapper(trainer, *args, **kwargs):
+        stale = attached_handle(trainer.model)  # of a run that no wrapper saw
+        if stale is not None and not stale.follows_optimizer:  # keep a handle from `attach`
+            stale.remove()
+        callbacks = trainer.callback_handler.callbacks
+        ours = callback_of(trainer.callback_handler)
+        is_fallback = ours is None and fallback is not None and trainer.args.neftune_noise_alpha is not None
+        if is_fallback:
+            ours = fallback()
+        elif ours is None:
+            return train(trainer, *args, **kwargs)
+        else:
+            callbacks.remove(ours)
+        callbacks.insert(1, ours)  # after the flow callback, which decides when to log, and before all reporters
+        alpha, trainer.neftune_noise_alpha = trainer.neftune_noise_alpha, None  # the built-in's
+        try:
+            return train(trainer, *args, **kwargs)
+        finally:
+            ours.remove()
+            trainer.neftune_noise_alpha = alpha
+            if is_fallback and ours in callbacks:
+                callbacks.remove(ours)
+
+    return wrapper
+
+
+def remove_builtin(model: nn.Module) -> bool:
+    """Remove transformers' own hook, which is on if our callback came after `train()` began; whether it was."""
+    found = False
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if hook is neftune_post_forward_hook]:
+            del module._forward_hooks[key], module.neftune_noise_alpha
+            found = True
+    return found
+
+
+Trainer.train = _with_neftune(Trainer.train)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Communication between processes: split sequences, sharded outputs, sums over all ranks."""
+"""Communication between processes: split sequences, tensors that are sharded, sums over all ranks."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as Sharded
 
 from .embeddings import EmbeddingSite
 from .errors import NEFTuneError
-from .kernels import Shard
+from .layout import LAYOUT_ARGUMENTS
 
 _CONTEXT_PARALLEL = "torch.distributed.tensor.experimental._context_parallel"
 
@@ -51,13 +50,8 @@ def _context_parallel() -> SequenceParallelGroup | None:
     def unshard(rows: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor.experimental._attention import context_parallel_unshard
 
-        # If cp_size does not divide the width, the parts are unequal, which torch's function does not support.
-        widths = None if torch.compiler.is_compiling() else _widths(rows, mesh.get_group(), mesh.size())
-        if widths is None or len(set(widths)) == 1:
-            return context_parallel_unshard(mesh, [rows], [1])[0]
-        rows = nn.functional.pad(rows, (0, max(widths) - rows.shape[1]))
-        parts = _gather(rows, mesh.get_group(), mesh.size())
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+        _refuse_unequal_parts(rows, mesh.get_group(), mesh.size())
+        return context_parallel_unshard(mesh, [rows], [1])[0]
 
     name = f"context parallelism (cp_size={mesh.size()})"
     return SequenceParallelGroup(name, mesh.get_local_rank(), mesh.size(), unshard, is_in_context_parallel)
@@ -75,9 +69,8 @@ def _ulysses() -> SequenceParallelGroup | None:
         return torch.cat(_gather(rows, group, size), dim=1)
 
     name = f"Ulysses (sp_size={size})"
-    return SequenceParallelGroup(
-        name, distributed.get_rank(group), size, unshard, lambda: True
-    )  # its data loader splits
+    rank = distributed.get_rank(group)
+    return SequenceParallelGroup(name, rank, size, unshard, lambda: True)  # its data loader splits every batch
 
 
 def _gather(rows: torch.Tensor, group: distributed.ProcessGroup, size: int) -> list[torch.Tensor]:
@@ -86,9 +79,21 @@ def _gather(rows: torch.Tensor, group: distributed.ProcessGroup, size: int) -> l
     return parts
 
 
-def _widths(rows: torch.Tensor, group: distributed.ProcessGroup, size: int) -> list[int]:
-    width = torch.tensor([rows.shape[1]], device=rows.device)
-    return torch.cat(_gather(width, group, size)).tolist()
+def _refuse_unequal_parts(rows: torch.Tensor, group: distributed.ProcessGroup, size: int) -> None:
+    """Raise on every process if their parts differ in width, which neither torch's gather nor ring attention supports.
+
+    With torch's load balancing on, the parts are equal, and nothing is asked.
+    """
+    from torch.distributed.tensor.experimental._context_parallel._attention import _cp_options
+
+    if _cp_options.enable_load_balance or torch.compiler.is_compiling():
+        return
+    widths = torch.cat(_gather(torch.tensor([rows.shape[1]], device=rows.device), group, size)).tolist()
+    if len(set(widths)) > 1:
+        raise NEFTuneError(
+            f"Context parallelism (cp_size={size}) split the sequences into parts of {widths} tokens, and NEFTune "
+            f"supports equal parts only. Pad the batch to a multiple of {2 * size} (`pad_to_multiple_of={2 * size}`)."
+        )
 
 
 def is_in_context_parallel() -> bool:
@@ -122,20 +127,20 @@ def gather_call(
 ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """The layout arguments and ids of the full sequences, of which this process has a part.
 
-    Gathers integers once, and under context parallelism the widths first; no embedding is gathered. Arguments that
-    already have the full width are left unchanged: `cu_seq_lens_q` and 4-dimensional masks are never split.
+    Gathers integers, once; no embedding is gathered. Arguments that already have the full width are left unchanged:
+    `cu_seq_lens_q` and 4-dimensional masks are never split.
 
     Returns:
         `tuple`: Arguments, ids, and this process's columns in the full sequences, in its own order.
     """
-    if ids.dim() != 2 or site.is_decoder:
+    if ids.dim() != 2 or site.is_decoder or site.is_time_major:
         what = "a decoder's inputs" if site.is_decoder else f"ids of shape {tuple(ids.shape)}"
         raise NEFTuneError(
             f"{site} embeds {what} under {group.name}, and NEFTune does not know how they are split: it needs ids of "
             "shape (batch, length). Use a decoder-only model, or set `neftune_noise_alpha=None`."
         )
     width = ids.shape[1]
-    names = ("attention_mask", "position_ids", "input_ids")
+    names = (*LAYOUT_ARGUMENTS, "input_ids")
     parts = {name: arguments[name] for name in names if _is_split(arguments.get(name), width)}
     column = torch.arange(width, device=ids.device)
     rows = [part.reshape(-1, width).long() for part in (ids, *parts.values())]
@@ -145,7 +150,7 @@ def gather_call(
     gathered = {
         name: value.view(*part.shape[:-1], full_width) for (name, part), value in zip(parts.items(), full, strict=True)
     }
-    for name in ("attention_mask", "position_ids"):
+    for name in LAYOUT_ARGUMENTS:
         value = {**arguments, **gathered}.get(name)
         if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] != full_width:
             raise NEFTuneError(
@@ -153,6 +158,7 @@ def gather_call(
                 f"{full_width} ids: it matches neither. Pass `{name}` without positions that precede the ids, "
                 "such as virtual tokens, or set `neftune_noise_alpha=None`."
             )
+    # Columns of other ranks sort last; argsort gives where this rank's column i lies in the full row.
     local_columns = torch.where(ranks[0] == group.rank, columns[0], full_width).argsort()[:width]
     return {**arguments, **gathered}, full_ids, local_columns
 
@@ -162,85 +168,30 @@ def _is_split(value: Any, width: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() in (2, 3) and value.shape[-1] == width
 
 
-def shard_of(output: torch.Tensor, ids: torch.Tensor, site: EmbeddingSite) -> Shard | None:
-    """The part of the full embeddings (*ids.shape, d) that a sharded `output` holds; None if it holds all of them.
+def refuse_partial_output(output: Any, ids: torch.Tensor, site: EmbeddingSite) -> None:
+    """Raise unless `output` is one tensor with the embeddings of all `ids`, which are all here too.
 
     Raises:
-        NEFTuneError: Its placement is unknown, or a sum that is not reduced yet.
+        NEFTuneError: The module returns something else, or its ids or its output are sharded.
     """
-    full = (*ids.shape, site.embedding_dim)
-    placement = ""
-    if isinstance(output, DTensor):
-        if tuple(output.shape) == full and all(type(p) in (Replicate, Sharded) for p in output.placements):
-            index = _slices_of_dtensor(output)
-            return None if index is None else Shard(full, index)
-        placement = f" and placements {output.placements}"
-    elif tuple(output.shape) == full:
-        return None
-    elif (index := _slices_of_local(output, full, site)) is not None:
-        return Shard(full, index)
-    raise NEFTuneError(
-        f"{site} returned an output of shape {tuple(output.shape)}{placement} for ids of shape {tuple(ids.shape)}: it "
-        "is sharded in a way that NEFTune does not support. Give the embedding's output the placement Replicate() or "
-        "Shard(), or set `neftune_noise_alpha=None`."
-    )
+    if not isinstance(output, torch.Tensor):
+        raise NEFTuneError(
+            f"{site} returned a {type(output).__name__}, and NEFTune adds noise to modules that return one tensor of "
+            "embeddings. Have `get_input_embeddings()` return the module inside it that does, or set "
+            "`neftune_noise_alpha=None`."
+        )
+    placements = [p for tensor in (ids, output) if isinstance(tensor, DTensor) for p in tensor.placements]
+    if tuple(output.shape) != (*ids.shape, site.embedding_dim) or not all(isinstance(p, Replicate) for p in placements):
+        raise NEFTuneError(
+            f"{site} returned an output of shape {tuple(output.shape)} for ids of shape {tuple(ids.shape)}"
+            f"{f', with placements {placements}' if placements else ''}: it is sharded. Give the embedding's input and "
+            "output the placement Replicate(), or set `neftune_noise_alpha=None`."
+        )
 
 
-def _slices_of_dtensor(output: DTensor) -> tuple[slice, ...] | None:
-    if all(isinstance(placement, Replicate) for placement in output.placements):
-        return None
-    starts, sizes = [0] * output.dim(), list(output.shape)
-    for axis, placement in enumerate(output.placements):  # outermost mesh axis first, as torch shards
-        if isinstance(placement, Sharded):
-            dim, mesh = placement.dim % output.dim(), output.device_mesh
-            start, sizes[dim] = _chunk(sizes[dim], mesh.size(axis), mesh.get_local_rank(axis))
-            starts[dim] += start
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-
-
-def _slices_of_local(output: torch.Tensor, full: tuple[int, ...], site: EmbeddingSite) -> tuple[slice, ...] | None:
-    """The slices of a plain tensor that is sharded along one dimension over the mesh of the embedding's weight."""
-    weight = next((p for p in site.module.parameters() if isinstance(p, DTensor)), None)
-    if weight is None or output.dim() != len(full):
-        return None
-    mesh = weight.device_mesh
-    if mesh.ndim > 1:  # data-parallel axes have different ids and do not shard the output
-        if "tp" not in (mesh.mesh_dim_names or ()):
-            return None
-        mesh = mesh["tp"]
-    sharded = [dim for dim, (local, all_) in enumerate(zip(output.shape, full, strict=True)) if local != all_]
-    if len(sharded) != 1:
-        return None
-    start, size = _chunk(full[sharded[0]], mesh.size(), mesh.get_local_rank())
-    if size != output.shape[sharded[0]]:
-        return None
-    index = [slice(0, size) for size in full]
-    index[sharded[0]] = slice(start, start + size)
-    return tuple(index)
-
-
-def _chunk(size: int, parts: int, i: int) -> tuple[int, int]:
-    """Start and size of a part, as in `torch.chunk`: the last parts may be smaller or empty."""
-    each = -(-size // parts)
-    start = min(size, i * each)
-    return start, min(each, size - start)
-
-
-def as_plain_tensors(ids: torch.Tensor, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Ids and layout arguments as plain tensors; DTensors are gathered.
-
-    Raises:
-        NEFTuneError: The ids are sharded and an argument is a plain tensor, so it is unknown whether that is sharded.
-    """
-    if isinstance(ids, DTensor) and not all(isinstance(p, Replicate) for p in ids.placements):
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
-                raise NEFTuneError(
-                    f"The token ids are a DTensor with placements {ids.placements}, and `{name}` is a plain tensor of "
-                    f"shape {tuple(value.shape)}, which may or may not be sharded. Make `{name}` a DTensor too."
-                )
-    plain = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in arguments.items()}
-    return ids.full_tensor() if isinstance(ids, DTensor) else ids, plain
+def plain(tensor: Any) -> Any:
+    """A DTensor's full tensor; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:

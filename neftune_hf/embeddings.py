@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import EmbeddingNotFoundError
+from .errors import EmbeddingNotFoundError, NEFTuneError
 
 # Ids that stand for features of other modalities, by their names in transformers' configs, such as `image_token_id`,
 # `audio_latent_token_id` or `visual_indicator_token_ids`; the ids at the ends of a feature are tokens of the text.
@@ -63,7 +63,10 @@ class EmbeddingSite:
     @property
     def module(self) -> nn.Module:
         if (module := self.module_ref()) is None:
-            raise ReferenceError(f"The model that had the embedding {self.path} no longer exists.")
+            raise NEFTuneError(
+                f"The embedding {self} no longer exists: its model was dropped, or something replaced it since NEFTune "
+                "was attached, as `merge_and_unload()` does. Replace it before training begins, or after it has ended."
+            )
         return module
 
     def __str__(self) -> str:
@@ -127,7 +130,7 @@ def find_input_embeddings(model: nn.Module) -> list[EmbeddingSite]:
     return sites
 
 
-def parents(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
+def callers(root: nn.Module, site: EmbeddingSite) -> list[nn.Module]:
     """The ancestors of the site whose forward takes an `attention_mask`, innermost first.
 
     The innermost one whose forward is running when the embedding runs is the one that called it.

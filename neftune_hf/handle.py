@@ -15,15 +15,21 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import NEFTuneConfig, NEFTuneFields
 from .distributed import is_later_stage, sequence_parallel_group
-from .embeddings import find_input_embeddings, parents, unwrap
-from .errors import NEFTuneError, NoNoiseError
-from .hooks import ArgumentRecorder, CallRecorder, NoiseHook, refuse_other_neftune, remove_copied_hooks
+from .embeddings import callers, find_input_embeddings, unwrap
+from .errors import NEFTuneConfigError, NEFTuneError, NoNoiseError
+from .hooks import NoiseHook, RecordedForward, RunningCalls, refuse_other_neftune, remove_copied_hooks
 from .noise import noise_key, scheduled_alpha
 
 _attached: "weakref.WeakSet[NEFTuneHandle]" = weakref.WeakSet()
 
 
-def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields: Unpack[NEFTuneFields]) -> "NEFTuneHandle":
+def attach(
+    model: nn.Module,
+    config: NEFTuneConfig | None = None,
+    *,
+    max_steps: int | None = None,
+    **fields: Unpack[NEFTuneFields],
+) -> "NEFTuneHandle":
     """Add NEFTune noise to `model`'s token embeddings until the returned handle is removed.
 
     While attached, an embedding in training mode with gradients enabled returns e + alpha / sqrt(L * d) * u, where L is
@@ -35,6 +41,7 @@ def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields: Unpa
     Args:
         model (`torch.nn.Module`): As for [`find_input_embeddings`].
         config ([`NEFTuneConfig`], *optional*): The settings; `fields` override it.
+        max_steps (`int`, *optional*): Number of optimizer steps, which a `neftune_schedule` other than constant needs.
         **fields: The settings by name, such as `neftune_noise_alpha=5`. Without a `neftune_seed`, the seed is the
             first of 0, 1, ... that no attached handle has.
 
@@ -42,7 +49,7 @@ def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields: Unpa
         [`NEFTuneHandle`]: A context manager; leaving it, or `remove()`, removes the noise.
 
     Raises:
-        NEFTuneConfigError: A setting is out of range.
+        NEFTuneConfigError: A setting is out of range, or `max_steps` is missing.
         EmbeddingNotFoundError: The model has no token embeddings.
         NEFTuneError: One of its embeddings already has NEFTune noise.
 
@@ -62,11 +69,16 @@ def attach(model: nn.Module, config: NEFTuneConfig | None = None, **fields: Unpa
     """
     if isinstance(config, (int, float)):
         raise NEFTuneError(f"`config` is {config!r}. Write `attach(model, neftune_noise_alpha={config!r})`.")
-    config = NEFTuneConfig(**fields) if config is None else replace(config, **fields)
-    if config.neftune_seed is None:
+    if fields.get("neftune_seed", config and config.neftune_seed) is None:
         used = {handle.config.neftune_seed for handle in _attached}
-        config = replace(config, neftune_seed=next(seed for seed in itertools.count() if seed not in used))
-    handle = NEFTuneHandle(model, config)
+        fields["neftune_seed"] = next(seed for seed in itertools.count() if seed not in used)
+    config = NEFTuneConfig(**fields) if config is None else replace(config, **fields)
+    if config.enabled and config.neftune_schedule != "constant" and max_steps is None:
+        raise NEFTuneConfigError(
+            f"`max_steps` is missing: `neftune_schedule={config.neftune_schedule!r}` needs the number of optimizer "
+            "steps. Pass it to `attach`, or use `neftune_schedule='constant'`."
+        )
+    handle = NEFTuneHandle(model, config, max_steps)
     handle.attach()
     return handle
 
@@ -94,55 +106,49 @@ class NEFTuneHandle:
     ```
     """
 
-    def __init__(self, model: nn.Module, config: NEFTuneConfig, follows_optimizer: bool = True):
+    def __init__(
+        self, model: nn.Module, config: NEFTuneConfig, max_steps: int | None = None, follows_optimizer: bool = True
+    ):
         self.config = config
         self.follows_optimizer = follows_optimizer
         root = unwrap(model)
+        if config.enabled:
+            _refuse_regional_compilation(model)
         self._root: Callable[[], nn.Module | None] = weakref.ref(root)
         self.sites = find_input_embeddings(model) if config.enabled and not is_later_stage(root) else []
-        self._recorder = CallRecorder()
-        parents_of = [parents(root, site) for site in self.sites]
-        indices = {module: index for index, module in enumerate(dict.fromkeys(itertools.chain(*parents_of)))}
-        # Created once, because torch.compile guards on their identity.
-        self._argument_recorders = [ArgumentRecorder(module, i, self._recorder) for module, i in indices.items()]
+        self._calls = RunningCalls()
+        callers_of = [callers(root, site) for site in self.sites]
+        indices = {module: index for index, module in enumerate(dict.fromkeys(itertools.chain(*callers_of)))}
+        # Made once, because torch.compile guards on their identity.
+        self._forwards = [RecordedForward(module, i, self._calls) for module, i in indices.items()]
         self._hooks = [
-            NoiseHook(site, [indices[module] for module in modules], self._recorder, config, owner=self)
-            for site, modules in zip(self.sites, parents_of, strict=True)
+            NoiseHook(site, [indices[module] for module in modules], self._calls, config, handle=self)
+            for site, modules in zip(self.sites, callers_of, strict=True)
         ]
-        self._removables: list = []
-        self._max_steps: int | None = None
+        self._removables: list = []  # of the registered hooks; empty if none are
+        self._max_steps = max_steps
         self._sign = 1
-        self._had_negated = False
         self.set_step(0)
 
     def set_step(self, step: int, max_steps: int | None = None) -> None:
         """End the current step, and set the next one, from 0, which the noise and the schedule depend on.
 
         Usually not needed in a custom loop, since the step advances with the optimizer. Call it when you resume a run,
-        when `neftune_schedule` is not constant, and when the optimizer is not a torch optimizer.
+        and when the optimizer is not a torch optimizer.
 
         Args:
             step (`int`): 64 bits.
             max_steps (`int`, *optional*): Number of steps in the run. None keeps the previous value.
 
         Raises:
-            NEFTuneError: `neftune_schedule` is not constant and `max_steps` was never given.
             NoNoiseError: The model ran in the step that ends, and was not noised; see [`check_noised`].
         """
         self.end_step()
-        self._max_steps = max_steps or self._max_steps
-        if self.sites and self._max_steps is None and self.config.neftune_schedule != "constant" and step > 0:
-            raise NEFTuneError(
-                f"`max_steps` is missing: `neftune_schedule={self.config.neftune_schedule!r}` needs the number of "
-                "optimizer steps. Call `handle.set_step(step, max_steps)`."
-            )
-        self.step = int(step)
+        self.step, self._max_steps = int(step), max_steps or self._max_steps
         alpha = self.config.neftune_noise_alpha or 0.0
         self.alpha = scheduled_alpha(alpha, self.config.neftune_schedule, self.step, self._max_steps or 1)
-        self._recorder.group = sequence_parallel_group() if self.sites else None
-        for index, hook in enumerate(self._hooks):
-            hook.begin_step(noise_key(self.config.neftune_seed or 0, self.step, index))
-        self._fill_alpha(self._sign)
+        self._calls.group = sequence_parallel_group() if self.sites else None
+        self._set_noise(self._sign)
 
     def end_step(self) -> None:
         """End the current step: count it, and drop what was recorded in it.
@@ -154,31 +160,33 @@ class NEFTuneHandle:
             if self._has_run():
                 self.check_noised()
         finally:
-            self._recorder.ran_in_training = self._had_negated = False
-            for hook in self._hooks:
-                hook.end_step()
+            self.drop_step()
+
+    def drop_step(self) -> None:
+        """End the current step without a check."""
+        self._calls.ran_in_training = False
+        for hook in self._hooks:
+            hook.end_step()
 
     def _has_run(self) -> bool:
         """Whether the model has run in training mode with gradients in this step."""
-        return self._recorder.ran_in_training or any(hook.noised_this_step for hook in self._hooks)
+        return self._calls.ran_in_training or any(hook.noised_this_step for hook in self._hooks)
 
     @contextlib.contextmanager
     def negated(self) -> Iterator[None]:
-        """The second pass of a symmetric pair: inside, an embedding returns e - s where it returned e + s.
+        """For symmetric pairs ([SymNoise](https://arxiv.org/abs/2312.01523)): inside, an embedding returns e - s.
 
-        The noise s is a function of the sequence and the step, so the same batch gets the same s, and the noise of the
-        two passes sums to exactly zero. For a pair, pass the batch once outside and once inside, each with half its
-        loss. Call `backward()` of the second pass inside too: a checkpoint recomputes its forward there, and outside it
-        would get the other sign. Dropout differs between the two passes. The step does not advance.
+        The noise s is a function of the sequence and the step, so a batch that is passed once outside and once inside
+        has noise that sums to exactly zero. Dropout differs between the two passes. The step does not advance.
 
-        Raises:
-            NEFTuneError: `neftune_symmetric` is False.
+        A checkpoint recomputes its forward in backward, so call `backward()` of such a pass inside too; outside, torch
+        raises `CheckpointError`, because the noise would have the other sign.
 
         Example:
 
         ```python
         >>> from neftune_hf import attach
-        >>> with attach(model, neftune_noise_alpha=5, neftune_symmetric=True) as handle:
+        >>> with attach(model, neftune_noise_alpha=5) as handle:
         ...     for batch in batches:
         ...         (model(**batch).loss / 2).backward()
         ...         with handle.negated():
@@ -187,22 +195,17 @@ class NEFTuneHandle:
         ...         optimizer.zero_grad()
         ```
         """
-        if not self.config.neftune_symmetric:
-            raise NEFTuneError(
-                "`negated()` was called and `neftune_symmetric` is False. Set `neftune_symmetric=True` where you set "
-                "alpha; a step without the second pass is then an error."
-            )
-        before, self._had_negated = self._sign, True
-        self._fill_alpha(-1)
+        before = self._sign
+        self._set_noise(-1)
         try:
             yield
         finally:
-            self._fill_alpha(before)
+            self._set_noise(before)
 
-    def _fill_alpha(self, sign: int) -> None:
+    def _set_noise(self, sign: int) -> None:
         self._sign = sign
-        for hook in self._hooks:
-            hook.fill_alpha(sign * self.alpha)
+        for index, hook in enumerate(self._hooks):
+            hook.set_noise(noise_key(self.config.neftune_seed or 0, self.step, index), sign * self.alpha)
 
     @property
     def noised_steps(self) -> dict[str, int]:
@@ -234,8 +237,7 @@ class NEFTuneHandle:
         An embedding that ran in eval mode or without gradients, such as a teacher's, is exempt if another was noised.
 
         Raises:
-            NoNoiseError: No embedding was noised, or one did not run at all; or the second pass of a symmetric pair
-                is missing.
+            NoNoiseError: No embedding was noised, or one did not run at all.
         """
         is_noised = any(hook.noised_this_step for hook in self._hooks)
         silent = [
@@ -247,13 +249,8 @@ class NEFTuneHandle:
             raise NoNoiseError(
                 f"NEFTune hooked {', '.join(map(str, self.sites))}, and a training step ended without noise on "
                 f"{', '.join(silent)}. Either the model was called with `inputs_embeds` instead of token ids, or the "
-                "embedding is in eval mode, or the model embeds its tokens with another module. Pass token ids, or set "
-                "`neftune_noise_alpha=None`."
-            )
-        if self._hooks and self.config.neftune_symmetric and not self._had_negated:
-            raise NoNoiseError(
-                "`neftune_symmetric` is True, and a training step ended without a pass with e - s. Pass each batch a "
-                "second time inside `with handle.negated():`, or set `neftune_symmetric=False`."
+                "embedding is in eval mode, or the model embeds its tokens with another module or without their "
+                "padding. Pass token ids, or set `neftune_noise_alpha=None`."
             )
 
     def attach(self) -> None:
@@ -273,8 +270,10 @@ class NEFTuneHandle:
                     "noise twice. Call `remove()` on the first, or leave its `with` block."
                 )
             refuse_other_neftune(site.module)
-        self._recorder.is_on = True
-        self._argument_recorders = [recorder.install() for recorder in self._argument_recorders]
+        self._forwards = [forward.fitting() for forward in self._forwards if forward.module_ref() is not None]
+        for forward in self._forwards:
+            forward.install()
+        self._calls.is_on = True
         for hook in self._hooks:
             module = hook.site.module
             remove_copied_hooks(module)
@@ -288,12 +287,10 @@ class NEFTuneHandle:
         for removable in self._removables:
             removable.remove()
         self._removables.clear()
-        # A forward that was wrapped twice is restored from the outside in.
-        self._argument_recorders = [recorder.uninstall() for recorder in reversed(self._argument_recorders)][::-1]
-        self._recorder.is_on = False
-        self._recorder.running.clear()
-        for hook in self._hooks:
-            hook.first_passes.clear()
+        for forward in reversed(self._forwards):  # one that was wrapped twice is restored from the outside in
+            forward.uninstall()
+        self._calls.is_on = False
+        self._calls.given.clear()
         _attached.discard(self)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -316,8 +313,22 @@ class NEFTuneHandle:
     def __getstate__(self) -> dict:
         """A copy or pickle has the settings and the step, and no model."""
         copied = {"config": self.config, "step": self.step, "alpha": self.alpha}
-        empty = {"sites": [], "_hooks": [], "_argument_recorders": [], "_removables": [], "_recorder": CallRecorder()}
+        empty = {"sites": [], "_hooks": [], "_forwards": [], "_removables": [], "_calls": RunningCalls()}
         return self.__dict__ | empty | copied | {"_root": type(None)}  # returns None
+
+
+def _refuse_regional_compilation(model: nn.Module) -> None:
+    """Raise if accelerate compiles the embedding by itself, in a copy of the modules that call it."""
+    from accelerate.state import AcceleratorState, is_initialized
+
+    plugin = AcceleratorState().dynamo_plugin if is_initialized() else None
+    is_planned = plugin is not None and plugin.backend != "NO" and plugin.use_regional_compilation
+    if is_planned or "_orig_mod" in vars(model):
+        raise NEFTuneError(
+            f"`use_regional_compilation` compiles the embedding of {type(model).__name__} by itself, so NEFTune does "
+            "not see the `attention_mask` of its calls. Compile the whole model: `torch_compile=True`, or "
+            "`use_regional_compilation=False`."
+        )
 
 
 def decibels(power_sums: torch.Tensor) -> float | None:
@@ -329,7 +340,7 @@ def decibels(power_sums: torch.Tensor) -> float | None:
 def attached_handle(model: nn.Module) -> NEFTuneHandle | None:
     """The handle whose hook is on an embedding in `model`, or None."""
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return next((hook.owner for hook in hooks if isinstance(hook, NoiseHook)), None)
+    return next((hook.handle for hook in hooks if isinstance(hook, NoiseHook)), None)
 
 
 @functools.cache

@@ -1,13 +1,12 @@
 """From a forward call's arguments to each token's length L, its position and its sequence's hash.
 
-`arguments_of_call` reads what the caller of an embedding was given; `layout_of_call` turns that into integers.
+`layout_of_call` reads what the caller of an embedding was given; `sequence_layout` turns that into integers.
 """
 
 import functools
 import operator
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import torch
@@ -16,73 +15,7 @@ from .embeddings import EmbeddingSite
 from .errors import NEFTuneError, NEFTuneWarning
 from .noise import SequenceLayout, fusion_barrier, token_hash
 
-LAYOUT_ARGUMENTS = ("attention_mask", "position_ids", "cu_seq_lens_q")
 _IGNORED_LABEL = -100
-
-
-@dataclass(frozen=True)
-class CallArguments:
-    """The arguments of a forward call that determine its batch layout, all on the device of `input_ids`.
-
-    Attributes:
-        input_ids: (batch, length).
-        attention_mask: (batch, length); or (batch or 1, length, length), boolean or additive.
-        position_ids: (batch or 1, length).
-        cu_seqlens: (documents + 1,).
-        labels: (batch, length). Tokens after the last label other than `ignored_label` are padding.
-        token_mask: (batch, length), False where there is no text token.
-        is_time_major: Whether the ids were embedded as (length, batch).
-        local_columns: The columns that this process embeds, if sequences are split over processes.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    cu_seqlens: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-    ignored_label: int = _IGNORED_LABEL
-    token_mask: torch.Tensor | None = None
-    is_time_major: bool = False
-    local_columns: torch.Tensor | None = None
-
-    @property
-    def is_known(self) -> bool:
-        """Whether an argument says where sequences end."""
-        return any(x is not None for x in (self.attention_mask, self.position_ids, self.cu_seqlens, self.labels))
-
-
-def sequence_lengths(
-    batch_shape: torch.Size | tuple[int, int],
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    token_mask: torch.Tensor | None = None,
-    device: torch.device | None = None,
-) -> torch.Tensor:
-    """Each token's L, the number of real tokens in its sequence. Other arguments are as for [`sequence_layout`].
-
-    Args:
-        batch_shape (`tuple[int, int]`): (batch, length) of the token ids.
-        device (`torch.device`, *optional*): Device of the result if no tensor is given.
-
-    Returns:
-        `torch.Tensor`: int64 of `batch_shape`; 0 for padding and for positions that do not count.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from neftune_hf import sequence_lengths
-    >>> sequence_lengths((1, 6), position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]])).tolist()
-    [[4, 4, 4, 4, 2, 2]]
-    >>> sequence_lengths((2, 3), attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]])).tolist()
-    [[0, 2, 2], [3, 3, 3]]
-    ```
-    """
-    tensors = (attention_mask, position_ids, cu_seq_lens_q, token_mask)
-    device = next((tensor.device for tensor in tensors if tensor is not None), device)
-    ids = torch.zeros(batch_shape, dtype=torch.int64, device=device)
-    return sequence_layout(ids, attention_mask, position_ids, cu_seq_lens_q, token_mask).lengths
 
 
 def sequence_layout(
@@ -128,113 +61,125 @@ def sequence_layout(
     True
     ```
     """
-    if attention_mask is not None:
-        attention_mask = _mask_as_wide_as(input_ids, attention_mask)
-    return layout_of_call(CallArguments(input_ids, attention_mask, position_ids, cu_seq_lens_q, token_mask=token_mask))
-
-
-def layout_of_call(call: CallArguments) -> SequenceLayout:
-    """[`sequence_layout`] for arguments of matching shapes, in the shape in which this process embeds the ids."""
-    ids = call.input_ids
-    if ids.numel() == 0:
-        return SequenceLayout(*(ids.new_zeros(ids.shape, dtype=torch.int64) for _ in range(3)))
-    column = torch.arange(ids.shape[1], device=ids.device)
-    kept, document = _kept(call, column)
+    if input_ids.numel() == 0:
+        return SequenceLayout(*(input_ids.new_zeros(input_ids.shape, dtype=torch.int64) for _ in range(3)))
+    mask = None if attention_mask is None else _mask_as_wide_as(input_ids, attention_mask)
+    is_real, document = _is_real(input_ids, mask, cu_seq_lens_q)
     # The previous position in the row that is not padding. Image positions are included, because a document can begin
     # with an image. Where there is none it is any column: whether the row's first sequence is marked makes no
     # difference, since the columns before it hold no real token.
-    before = (column * kept).cummax(dim=1).values.roll(1, 1)
-    begins = kept & _begins(call, before, document)
-    # A sequence's id in its row is the column where it begins.
-    first = (column * begins).cummax(dim=1).values
-    real = (kept if call.token_mask is None else kept & call.token_mask).long()
-    earlier = real.cumsum(dim=1) - real
-    positions = fusion_barrier((earlier - earlier.gather(1, first)) * real)
-    hashes = token_hash(ids.long(), positions) * real
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    previous = (column * is_real).cummax(dim=1).values.roll(1, 1)
+    starts = is_real & _starts(mask, position_ids, previous, document)
+    # A sequence's id in its row is the column where it starts.
+    start_column = (column * starts).cummax(dim=1).values
+    counts = (is_real if token_mask is None else is_real & token_mask).long()
+    real_before = counts.cumsum(dim=1) - counts
+    positions = fusion_barrier((real_before - real_before.gather(1, start_column)) * counts)
+    hashes = token_hash(input_ids.long(), positions) * counts
     lengths, hashes = (
-        fusion_barrier(torch.zeros_like(real).scatter_add(1, first, addend).gather(1, first) * real)
-        for addend in (real, hashes)
+        fusion_barrier(torch.zeros_like(counts).scatter_add(1, start_column, addend).gather(1, start_column) * counts)
+        for addend in (counts, hashes)
     )
-    layout = SequenceLayout(lengths, positions, hashes)
-    if call.local_columns is not None:
-        layout = SequenceLayout(*(tensor.index_select(1, call.local_columns) for tensor in layout))
-    return SequenceLayout(*(tensor.T for tensor in layout)) if call.is_time_major else layout
+    return SequenceLayout(lengths, positions, hashes)
 
 
-def _kept(call: CallArguments, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _is_real(
+    ids: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Which positions are not padding, (batch, length); and the document of each, if `cu_seqlens` is given."""
-    ids, mask, document = call.input_ids, call.attention_mask, None
     if mask is None:
-        kept = torch.ones_like(ids, dtype=torch.bool)
+        is_real = torch.ones_like(ids, dtype=torch.bool)
     else:
-        kept = (mask if mask.dim() == 2 else _may_attend(mask).diagonal(dim1=-2, dim2=-1)) != 0
-    if call.labels is not None:
-        last = torch.where(call.labels != call.ignored_label, column, -1).amax(dim=1, keepdim=True)
-        kept = kept & (column <= last)
-    if call.cu_seqlens is not None:
-        index = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        document = torch.searchsorted(call.cu_seqlens.to(index), index, right=True)
-        kept = kept & (document < len(call.cu_seqlens))  # after the last document
-    return kept.expand(ids.shape), document
+        is_real = (mask if mask.dim() == 2 else _may_attend(mask).diagonal(dim1=-2, dim2=-1)) != 0
+    if cu_seqlens is None:
+        return is_real.expand(ids.shape), None
+    index = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    document = torch.searchsorted(cu_seqlens.to(index), index, right=True)
+    return is_real & (document < len(cu_seqlens)), document  # what follows the last document is padding
 
 
-def _begins(call: CallArguments, before: torch.Tensor, document: torch.Tensor | None) -> torch.Tensor:
-    """Whether a position is of another document than the position `before` it."""
+def _starts(
+    mask: torch.Tensor | None, position_ids: torch.Tensor | None, previous: torch.Tensor, document: torch.Tensor | None
+) -> torch.Tensor:
+    """Whether a position is of another document than its `previous` one."""
     if document is not None:
-        return document != document.gather(1, before)
-    begins = []
-    if call.position_ids is not None:
-        positions = call.position_ids.to(before.device).expand(before.shape)
-        begins.append(positions <= positions.gather(1, before))
-    if (mask := call.attention_mask) is not None and mask.dim() == 2:
-        begins.append(mask != mask.gather(1, before))
+        return document != document.gather(1, previous)
+    starts = []
+    if position_ids is not None:
+        positions = position_ids.expand(previous.shape)
+        starts.append(positions <= positions.gather(1, previous))
+    if mask is not None and mask.dim() == 2:
+        starts.append(mask != mask.gather(1, previous))
     elif mask is not None:
         may_attend = _may_attend(mask)
-        either = (may_attend | may_attend.mT).expand(*before.shape, before.shape[1])
-        begins.append(~either.gather(2, before.unsqueeze(-1)).squeeze(-1))
-    return functools.reduce(operator.or_, begins) if begins else torch.zeros_like(before, dtype=torch.bool)
+        either = (may_attend | may_attend.mT).expand(*previous.shape, previous.shape[1])
+        starts.append(~either.gather(2, previous.unsqueeze(-1)).squeeze(-1))
+    return functools.reduce(operator.or_, starts) if starts else torch.zeros_like(previous, dtype=torch.bool)
 
 
 def _may_attend(mask: torch.Tensor) -> torch.Tensor:
     return mask == 0 if mask.is_floating_point() else mask != 0  # additive, or boolean
 
 
-def arguments_of_call(arguments: Mapping[str, Any], ids: torch.Tensor, site: EmbeddingSite) -> CallArguments:
-    """The layout arguments among those of the embedding's caller, reshaped to match the embedded `ids`.
+def _mask_as_wide_as(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mask as (batch, length), as wide as the ids, or as (batch or 1, length, length)."""
+    width = ids.shape[1]
+    if mask.dim() == 4:
+        return mask[:, 0]
+    if mask.shape[1] >= width:  # a cache or virtual tokens precede the ids
+        return mask[:, mask.shape[1] - width :]
+    return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
 
-    Flat or time-major ids become (batch, length). An argument of unknown form, such as a mask that is not a tensor, is
-    ignored, and a warning names it; so does one if nothing says where sequences end.
+
+def layout_of_call(
+    arguments: Mapping[str, Any], ids: torch.Tensor, site: EmbeddingSite, neftune_length: str = "sequence"
+) -> SequenceLayout:
+    """[`sequence_layout`] of embedded ids, from the arguments of the embedding's caller.
+
+    An argument of unknown form, such as a mask that is not a tensor, is ignored, and a warning names it; so does one if
+    nothing says where sequences end.
 
     Args:
-        arguments: Arguments of the parent module's forward: those of [`sequence_layout`], `input_ids` and `labels`.
-        ids: Token ids, of any shape.
+        arguments: What the caller's forward was given: the arguments of [`sequence_layout`], `input_ids`, `labels`.
+        ids: Token ids as the embedding got them. Flat or time-major ids become (batch, length).
+        neftune_length: `"padded"` ignores the arguments: every position counts.
+
+    Returns:
+        [`SequenceLayout`]: Of shape (batch, length), or (length, batch) for a time-major model.
 
     Raises:
         NEFTuneError: `position_ids` are wider than the ids, which are thus a part of every sequence.
     """
-    values = {name: arguments.get(name) for name in LAYOUT_ARGUMENTS}
-    if isinstance(mask := values["attention_mask"], Mapping):  # one mask per attention type
-        values["attention_mask"] = mask.get("full_attention", mask)
-    ids = _as_rows(ids, values["attention_mask"], site)
+    given = {name: arguments.get(name) for name in LAYOUT_ARGUMENTS}
+    if isinstance(mask := given["attention_mask"], Mapping):  # one mask per attention type
+        given["attention_mask"] = mask.get("full_attention", mask)
+    given = {name: value for name, value in given.items() if value is not None}
+    ids = _as_rows(ids, given.get("attention_mask"), site)
+    known = {} if neftune_length == "padded" else _known(given, arguments, ids, site)
+    layout = sequence_layout(ids, **known)
+    return SequenceLayout(*(tensor.T for tensor in layout)) if site.is_time_major else layout
+
+
+def _known(
+    given: Mapping[str, Any], arguments: Mapping[str, Any], ids: torch.Tensor, site: EmbeddingSite
+) -> dict[str, torch.Tensor]:
+    """The arguments of [`sequence_layout`] for these ids, on their device."""
     input_ids = arguments.get("input_ids")
-    is_other = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # such as ids that LED pads
-    cu_seqlens = values["cu_seq_lens_q"]
-    fitting = (
-        _fitting_mask(values["attention_mask"], ids, is_other),
-        _fitting_positions(values["position_ids"], ids, is_other, site),
-        cu_seqlens if _is_tensor(cu_seqlens, 1) and len(cu_seqlens) > 1 and not is_other else None,
-    )
-    call = CallArguments(ids, *fitting, is_time_major=site.is_time_major)
-    if not call.is_known:
-        call = _without_mask(call, arguments.get("labels"), is_other, site)
-    is_known = call.is_known or call.token_mask is not None
-    pairs = zip(values.items(), fitting, strict=True)
-    unknown = [_described(name, value) for (name, value), fits in pairs if fits is None and value is not None]
-    if not is_known or (unknown and not is_other):
-        _warn_of_arguments(", ".join(unknown), is_known)
-    # Some models replace placeholders by padding before they embed, so look at the original ids.
-    original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
-    return _without_placeholders(call, original, site)
+    differs_from_input_ids = isinstance(input_ids, torch.Tensor) and input_ids.numel() != ids.numel()  # LED pads them
+    read = {name: _READERS[name](value, ids, differs_from_input_ids, site) for name, value in given.items()}
+    known = {name: value.to(ids.device) for name, value in read.items() if value is not None}
+    unknown = ", ".join(_described(name, given[name]) for name in given if name not in known)
+    if not known:
+        known = _from_labels_or_padding(ids, arguments.get("labels"), differs_from_input_ids, site)
+    if not known or (unknown and not differs_from_input_ids):
+        _warn_of_arguments(unknown, is_known=bool(known))
+    if site.placeholders:
+        # Some models replace placeholders by padding before they embed, so look at the original ids.
+        original = input_ids if _is_tensor(input_ids, 2) and input_ids.shape == ids.shape else ids
+        is_text = functools.reduce(operator.and_, (original != placeholder for placeholder in site.placeholders))
+        known["token_mask"] = is_text.to(ids.device) & known.get("token_mask", True)
+    return known
 
 
 def _as_rows(ids: torch.Tensor, mask: Any, site: EmbeddingSite) -> torch.Tensor:
@@ -245,20 +190,24 @@ def _as_rows(ids: torch.Tensor, mask: Any, site: EmbeddingSite) -> torch.Tensor:
     return ids.T if site.is_time_major else ids
 
 
-def _fitting_mask(mask: Any, ids: torch.Tensor, is_other: bool) -> torch.Tensor | None:
-    """The mask as (batch, length) or (batch or 1, length, length); None if it does not describe these ids."""
+def _fitting_mask(
+    mask: Any, ids: torch.Tensor, differs_from_input_ids: bool, site: EmbeddingSite
+) -> torch.Tensor | None:
+    """The mask, or None if it does not describe these ids."""
     batch, width = ids.shape
     if _is_tensor(mask, 1) and mask.numel() == ids.numel():
         return mask.view(ids.shape)
-    if _is_tensor(mask, 2) and (mask.shape == ids.shape if is_other else mask.shape[0] == batch):
-        return _mask_as_wide_as(ids, mask)
-    if _is_tensor(mask, 4) and mask.shape[-2:] == (width, width) and not is_other:
-        return _mask_as_wide_as(ids, mask)
+    if _is_tensor(mask, 2):
+        return mask if (mask.shape == ids.shape if differs_from_input_ids else mask.shape[0] == batch) else None
+    if _is_tensor(mask, 4) and mask.shape[-2:] == (width, width) and not differs_from_input_ids:
+        return mask
     return None
 
 
-def _fitting_positions(positions: Any, ids: torch.Tensor, is_other: bool, site: EmbeddingSite) -> torch.Tensor | None:
-    """The positions as (batch or 1, length); None if they do not describe these ids."""
+def _fitting_positions(
+    positions: Any, ids: torch.Tensor, differs_from_input_ids: bool, site: EmbeddingSite
+) -> torch.Tensor | None:
+    """The positions as (batch or 1, length), or None if they do not describe these ids."""
     batch, width = ids.shape
     if _is_tensor(positions, 1) and positions.numel() == ids.numel():
         positions = positions.view(ids.shape)
@@ -266,7 +215,7 @@ def _fitting_positions(positions: Any, ids: torch.Tensor, is_other: bool, site: 
         positions = positions[0] if positions.shape[0] == 4 else _positions_of_mrope(positions)
     if not _is_tensor(positions, 2):
         return None
-    if is_other:
+    if differs_from_input_ids:
         return positions if positions.shape == ids.shape else None
     if positions.shape[1] > width and positions.shape[0] in (1, batch) and not site.is_decoder:
         raise NEFTuneError(
@@ -287,35 +236,41 @@ def _positions_of_mrope(positions: torch.Tensor) -> torch.Tensor:
     return column - first
 
 
-def _without_mask(call: CallArguments, labels: Any, is_other: bool, site: EmbeddingSite) -> CallArguments:
-    """Find the padding of a call without layout arguments by its labels or its padding ids, if it can be found."""
-    ids, pad = call.input_ids, site.pad_token_id
+def _fitting_boundaries(
+    cu_seqlens: Any, ids: torch.Tensor, differs_from_input_ids: bool, site: EmbeddingSite
+) -> torch.Tensor | None:
+    """The cumulative lengths, or None if they do not describe these ids."""
+    return cu_seqlens if _is_tensor(cu_seqlens, 1) and len(cu_seqlens) > 1 and not differs_from_input_ids else None
+
+
+# The arguments of `sequence_layout` that models take, and how each is read.
+_READERS = {
+    "attention_mask": _fitting_mask,
+    "position_ids": _fitting_positions,
+    "cu_seq_lens_q": _fitting_boundaries,
+}
+LAYOUT_ARGUMENTS = tuple(_READERS)
+
+
+def _from_labels_or_padding(
+    ids: torch.Tensor, labels: Any, differs_from_input_ids: bool, site: EmbeddingSite
+) -> dict[str, torch.Tensor]:
+    """The padding of a call without layout arguments, as far as labels or padding ids tell."""
+    pad = site.pad_token_id
     if site.is_decoder and _is_tensor(labels, 2) and labels.shape == ids.shape:
-        return replace(call, labels=labels)
+        return {"attention_mask": _up_to_the_last(labels.to(ids.device) != _IGNORED_LABEL)}
     if site.is_decoder and pad is not None:
         # A position's label is the next position's input; the last one's is unknown, and its own id stands in for it.
         # If eos is the padding id, the last real position, whose label is eos, is the last one that is not padding.
-        labels = ids if site.pad_is_eos else torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
-        return replace(call, labels=labels, ignored_label=pad)
-    return replace(call, token_mask=ids != pad) if is_other and pad is not None else call
+        next_ids = ids if site.pad_is_eos else torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+        return {"attention_mask": _up_to_the_last(next_ids != pad)}
+    return {"token_mask": ids != pad} if differs_from_input_ids and pad is not None else {}
 
 
-def _without_placeholders(call: CallArguments, input_ids: torch.Tensor, site: EmbeddingSite) -> CallArguments:
-    """Do not count the positions that features of images, videos or audio overwrite."""
-    if not site.placeholders:
-        return call
-    is_text: Any = functools.reduce(operator.and_, (input_ids != placeholder for placeholder in site.placeholders))
-    return replace(call, token_mask=is_text if call.token_mask is None else is_text & call.token_mask)
-
-
-def _mask_as_wide_as(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mask as (batch, length), as wide as the ids, or as (batch or 1, length, length)."""
-    width = ids.shape[1]
-    if mask.dim() == 4:
-        return mask[:, 0]
-    if mask.shape[1] >= width:  # a cache or virtual tokens precede the ids
-        return mask[:, mask.shape[1] - width :]
-    return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
+def _up_to_the_last(is_marked: torch.Tensor) -> torch.Tensor:
+    """True up to the last marked position of each row."""
+    column = torch.arange(is_marked.shape[1], device=is_marked.device)
+    return column <= torch.where(is_marked, column, -1).amax(dim=1, keepdim=True)
 
 
 def _is_tensor(value: Any, dim: int) -> TypeGuard[torch.Tensor]:

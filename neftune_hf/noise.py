@@ -64,7 +64,7 @@ def noise_key(seed: int, step: int = 0, embedding: int = 0) -> int:
     """
     key = 0
     for word in (seed, step, embedding):
-        key = _mix64_int((key ^ (word & _MASK64)) + _GOLDEN)
+        key = _mix64_int((key ^ (int(word) & _MASK64)) + _GOLDEN)  # NumPy's integers would overflow
     return _signed(key)
 
 
@@ -197,7 +197,7 @@ def add_noise(
     Args:
         embeddings (`torch.Tensor`): (..., d), floating point.
         layout ([`SequenceLayout`]): Each token's sequence, from [`sequence_layout`].
-        neftune_noise_alpha (`float`): The paper's alpha; negative in the second pass of a symmetric pair.
+        neftune_noise_alpha (`float`): The paper's alpha; negative to flip the sign of the noise.
         key (`int`): From [`noise_key`].
         neftune_noise_type (`str`): As in [`NEFTuneConfig`].
 

@@ -5,14 +5,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from . import callback
 from .callback import NEFTuneCallback
-from .integration import set_fallback
 
 
 class PatchedCallback(NEFTuneCallback):
-    """The owner of a Trainer for which the user named none."""
+    """The callback of a Trainer that the user gave none."""
 
-    is_fallback = True
     _level = logging.WARNING  # shown by default, because the run differs from what the tool alone would do
 
     def on_train_begin(self, args, state, control, model, **kwargs):
@@ -24,12 +23,12 @@ class PatchedCallback(NEFTuneCallback):
 def patch_transformers() -> Callable[[], None]:
     """Replace transformers' built-in NEFTune in every `transformers.Trainer`, including subclasses.
 
-    A trainer with `neftune_noise_alpha` in its args gets a [`NEFTuneCallback`] instead of the built-in when it next
+    A trainer with `neftune_noise_alpha` in its args gets a [`NEFTuneCallback`] instead of the built-in while it
     trains. Other trainers are unchanged. Patching twice has no further effect. `neftune-hf run -- COMMAND` does the
     same for a tool's command and the processes that it starts.
 
     Returns:
-        `Callable[[], None]`: Undoes the patch. Trainers that have trained with it keep their callback.
+        `Callable[[], None]`: Undoes the patch, from each trainer's next run on.
 
     Example:
 
@@ -39,9 +38,9 @@ def patch_transformers() -> Callable[[], None]:
     >>> undo()
     ```
     """
-    set_fallback(PatchedCallback)
+    callback.fallback = PatchedCallback
     return _undo
 
 
 def _undo() -> None:
-    set_fallback(None)
+    callback.fallback = None

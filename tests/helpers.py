@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
 from neftune_hf import EmbeddingSite, NEFTuneTrainerMixin
 from neftune_hf.noise import SequenceLayout, token_hash
@@ -121,19 +121,6 @@ def noise_of(model: torch.nn.Module, **arguments) -> torch.Tensor:
 def alpha_by_row(noise: torch.Tensor, lengths) -> list[float]:
     """The alpha that the deviation of each row's first `length` tokens shows."""
     return [row[:n].std().item() * (3 * n * row.shape[-1]) ** 0.5 for row, n in zip(noise, lengths, strict=True)]
-
-
-class Gradients(TrainerCallback):
-    """Records the gradients that the optimizer gets in each step."""
-
-    def __init__(self, scale=1.0):
-        self.scale, self.seen = scale, []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad *= self.scale
-        self.seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 class Probe:

@@ -5,9 +5,12 @@ import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import TorchDynamoPlugin, compile_regions
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from neftune_hf import NEFTuneCallback, attach
+from neftune_hf import NEFTuneCallback, NEFTuneError, attach
 from neftune_hf.errors import NEFTuneWarning
 
 from .conftest import VOCAB, leftovers, tiny_llama
@@ -150,7 +153,7 @@ def test_modes_of_compilation_on_a_gpu(mode):
 
 
 def test_an_embedding_compiled_without_its_parents_has_their_mask():
-    """As accelerate's regional compilation, or `model.bert.embeddings.compile()`."""
+    """As by `model.bert.embeddings.compile()`."""
     torch._dynamo.reset()
     model = tiny_llama().train()
     eager = copy.deepcopy(model)
@@ -163,3 +166,29 @@ def test_an_embedding_compiled_without_its_parents_has_their_mask():
     for compiled, expected in zip(*noises, strict=True):
         assert expected[0].any()
         assert torch.equal(compiled, expected)
+
+
+@pytest.mark.parametrize("how", ["by hand", "by accelerate", "in a Trainer"])
+def test_regional_compilation_is_refused(how, tmp_path):
+    """It calls the embedding from copies of the modules that call it, whose arguments are not recorded."""
+    torch._dynamo.reset()
+    model = tiny_llama()
+    plugin = TorchDynamoPlugin(backend="eager", use_regional_compilation=True)
+
+    def run():
+        if how == "by hand":
+            attach(compile_regions(model, backend="eager"), neftune_noise_alpha=5)
+        elif how == "by accelerate":
+            attach(Accelerator(cpu=True, dynamo_plugin=plugin).prepare(model), neftune_noise_alpha=5)
+        else:
+            trainer = make(tmp_path, model=model, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)])
+            trainer.accelerator.state.dynamo_plugin = plugin
+            train(trainer)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(NEFTuneError, match="`use_regional_compilation` compiles the embedding of Llama"):
+            run()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert leftovers(model) == []

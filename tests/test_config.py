@@ -26,8 +26,6 @@ BAD = [
     ("neftune_schedule", "step", "'step'"),
     ("neftune_seed", -1, "-1"),
     ("neftune_seed", 1.5, "1.5 (float)"),
-    ("neftune_symmetric", "yes", "'yes' (str)"),
-    ("neftune_symmetric", 1, "1 (int)"),
 ]
 
 

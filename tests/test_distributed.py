@@ -101,7 +101,7 @@ def test_noise_in_a_wrapper_is_that_of_the_bare_model(wrapper, process_group):
 GROUPS = {
     "data parallel": ("data_parallel", "warnings"),
     "tensor parallel": ("tensor_parallel", "ids_that_are_dtensors"),
-    "sharded outputs": ("sharded_output", "unknown_placement"),
+    "outputs that are DTensors": ("whole_output", "part_of_an_output"),
     "pipelines": ("pipeline",),
     "split sequences": ("context_parallel", "compiled_context_parallel", "ulysses", "split_calls"),
 }

@@ -2,12 +2,12 @@
 
 import contextlib
 import math
-import threading
+import warnings
 
 import pytest
 import torch
 
-from neftune_hf import attach
+from neftune_hf import NEFTuneError, attach
 from neftune_hf.errors import NEFTuneWarning
 
 from .conftest import VOCAB, D, leftovers, tiny_llama
@@ -166,30 +166,34 @@ def test_an_interrupted_forward_leaves_no_stale_lengths():
         assert handle.noised_steps == {"model.embed_tokens": 1}
 
 
-def test_two_threads_that_run_one_model_have_their_own_lengths():
-    model, both_run = tiny_llama().train(), threading.Barrier(2)
-    ids = torch.randint(3, VOCAB, (1, 6))
-    masks = [torch.ones(1, 6), torch.tensor([[1, 1, 0, 0, 0, 0]])]
-    found = {}
-    with attach(model, neftune_noise_alpha=5):
-        expected = [embedded(model, input_ids=ids, attention_mask=mask) for mask in masks]
+def test_a_forward_that_calls_itself_keeps_its_own_arguments():
+    """As for a clean consistency target: the inner call, without gradients, ends before the outer one embeds."""
 
-        def wait(*call):
-            both_run.wait(timeout=60)
+    class Consistent(type(tiny_llama())):
+        def forward(self, input_ids, attention_mask, is_target=False):
+            if not is_target:
+                with torch.no_grad():
+                    self(input_ids[:, :2], attention_mask=attention_mask[:, :2], is_target=True)
+            return super().forward(input_ids, attention_mask=attention_mask)
 
-        def keep(module, args, output):
-            found[threading.current_thread()] = output.detach()
-            wait()  # neither forward ends before both have embedded
+    model, plain = Consistent(tiny_llama().config).train(), tiny_llama().train()
+    model.load_state_dict(plain.state_dict())
+    noises = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NEFTuneWarning)
+        for each in (model, plain):
+            with attach(each, neftune_noise_alpha=5, neftune_seed=0), lookups(each.model.embed_tokens) as seen:
+                each(**BATCH)
+            noises.append(seen[-1].noise)
+    assert torch.equal(*noises)
+    assert not noises[0][1, 4:].any()
 
-        model.model.embed_tokens.register_forward_pre_hook(wait)
-        model.model.embed_tokens.register_forward_hook(keep)
-        threads = [threading.Thread(target=model, args=(ids, mask)) for mask in masks]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for thread, noised in zip(threads, expected, strict=True):
-        assert torch.equal(found[thread], noised)
+
+def test_the_padded_length_needs_no_mask_and_warns_of_none():
+    model = tiny_llama().train()
+    with attach(model, neftune_noise_alpha=ALPHA, neftune_length="padded"), warnings.catch_warnings():
+        warnings.simplefilter("error", NEFTuneWarning)
+        assert model.model.embed_tokens(IDS).ne(model.model.embed_tokens.weight[IDS]).all()
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -310,3 +314,17 @@ def test_a_second_lookup_of_another_width_is_noised():
     first, second = seen
     assert alpha_by_row(first.noise, (6, 4)) == pytest.approx([5, 5], rel=0.1)
     assert alpha_by_row(second.noise, (9, 9)) == pytest.approx([5, 5], rel=0.1)
+
+
+def test_an_embedding_that_returns_more_than_a_tensor_is_refused():
+    class Pair(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids), ids
+
+    model = Preferences().train()
+    model.embedding = Pair(VOCAB, 256)
+    with (
+        attach(model, neftune_noise_alpha=5),
+        pytest.raises(NEFTuneError, match=r"embedding \(Pair, d=256\) returned a tuple"),
+    ):
+        model(IDS, IDS, BATCH["attention_mask"])

@@ -11,9 +11,9 @@ import torch
 
 from neftune_hf import NEFTuneError, add_noise, kernels
 from neftune_hf.errors import NEFTuneWarning
-from neftune_hf.kernels import add_noise_to_call, cpu
+from neftune_hf.kernels import add_noise_to_embeddings, cpu
 from neftune_hf.kernels import triton as triton_kernels
-from neftune_hf.layout import CallArguments, arguments_of_call, layout_of_call
+from neftune_hf.layout import layout_of_call, sequence_layout
 from neftune_hf.noise import NOISE_TYPES, SequenceLayout, noise_key
 
 from .helpers import CALLS, site
@@ -26,21 +26,21 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("cl
 
 
 def batch(batch_size, length, d, dtype=torch.float32):
-    """Embeddings and their call, padded on the right."""
+    """Embeddings and their layout, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 50_000, (batch_size, length), generator=generator)
     real = torch.randint(0, length + 1, (batch_size, 1), generator=generator)
     mask = (torch.arange(length) < real).long()
-    return torch.randn(batch_size, length, d, generator=generator).to(dtype), CallArguments(ids, mask)
+    return torch.randn(batch_size, length, d, generator=generator).to(dtype), sequence_layout(ids, mask)
 
 
 def tensors(alpha=5.0, key=noise_key(1)):
     return torch.tensor(alpha), torch.tensor(key), torch.zeros(2)
 
 
-def noised(e, call, noise_type="uniform", alpha=5.0, key=noise_key(1)):
+def noised(e, layout, noise_type="uniform", alpha=5.0, key=noise_key(1)):
     alpha, key, power = tensors(alpha, key)
-    return add_noise_to_call(e, call, alpha, key, noise_type, power)
+    return add_noise_to_embeddings(e, layout, alpha, key, noise_type, power)
 
 
 @pytest.fixture(params=[*NOISE_TYPES, "another"])
@@ -55,10 +55,10 @@ def noise_type(request, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (3, 70, 33), (1, 4, 100_003), (1, 0, 8), (0, 3, 8)])
 def test_the_cpus_path_equals_the_reference(shape, dtype, noise_type, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK", 1000)  # several blocks, the last one short
-    e, call = batch(*shape, dtype)
+    e, layout = batch(*shape, dtype)
     before = e.clone()
-    found = noised(e, call, noise_type)
-    expected = add_noise(e, layout_of_call(call), torch.tensor(5.0), torch.tensor(noise_key(1)), noise_type)
+    found = noised(e, layout, noise_type)
+    expected = add_noise(e, layout, torch.tensor(5.0), torch.tensor(noise_key(1)), noise_type)
     assert found.dtype == dtype
     assert torch.equal(found, expected)
     assert torch.equal(e, before)
@@ -78,11 +78,11 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_any_tensor_is_noised_out_of_place_with_an_identity_gradient(kind):
-    e, call = batch(3, 6, 8)
+    e, layout = batch(3, 6, 8)
     e = INPUTS[kind](e)
     before = e.detach().clone()
-    found = noised(e, call)
-    assert torch.equal(found, add_noise(e, layout_of_call(call), 5.0, noise_key(1)))
+    found = noised(e, layout)
+    assert torch.equal(found, add_noise(e, layout, 5.0, noise_key(1)))
     assert torch.equal(e, before)
     assert found.requires_grad == e.requires_grad
     if e.requires_grad:
@@ -92,9 +92,9 @@ def test_any_tensor_is_noised_out_of_place_with_an_identity_gradient(kind):
 
 
 def test_gradients_of_gradients_and_forward_mode():
-    e, call = batch(2, 3, 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda x: noised(x, call), e.requires_grad_(), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(lambda x: noised(x, call) ** 2, e)
+    e, layout = batch(2, 3, 4, torch.float64)
+    assert torch.autograd.gradcheck(lambda x: noised(x, layout), e.requires_grad_(), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: noised(x, layout) ** 2, e)
 
 
 def test_per_sample_gradients_are_those_of_each_sample():
@@ -103,7 +103,7 @@ def test_per_sample_gradients_are_those_of_each_sample():
 
     def loss(weight, ids):
         e = torch.nn.functional.embedding(ids[None], weight)
-        return noised(e, CallArguments(ids[None], torch.ones_like(ids)[None])).square().sum()
+        return noised(e, sequence_layout(ids[None])).square().sum()
 
     together = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, ids)
     for row, gradient in zip(ids, together, strict=True):
@@ -112,11 +112,11 @@ def test_per_sample_gradients_are_those_of_each_sample():
 
 
 def test_the_power_of_noise_and_embeddings_is_that_of_the_real_tokens():
-    e, call = batch(5, 41, 64)
+    e, layout = batch(5, 41, 64)
     alpha, key, power = tensors()
-    noise = add_noise_to_call(e, call, alpha, key, "bernoulli", power) - e
+    noise = add_noise_to_embeddings(e, layout, alpha, key, "bernoulli", power) - e
     torch.testing.assert_close(power[0], noise.square().sum(), rtol=1e-4, atol=0)  # bernoulli's power is exact
-    torch.testing.assert_close(power[1], e[call.attention_mask.bool()].square().sum())
+    torch.testing.assert_close(power[1], e[layout.lengths > 0].square().sum())
 
 
 # Triton: on a GPU if there is one, else in the interpreter.
@@ -134,8 +134,7 @@ def by_triton(e, layout, noise_type, alpha=5.0, key=noise_key(1)):
 def test_triton_equals_the_reference(shape, dtype, noise_type):
     """The same integers, so the same noise; sums differ by at most one rounding."""
     for key in (noise_key(1), noise_key(2), -(2**63)):
-        e, call = batch(*shape, dtype)
-        layout = layout_of_call(call)
+        e, layout = batch(*shape, dtype)
         found = by_triton(e, layout, noise_type, key=key)
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(found, add_noise(e, layout, 5.0, key, noise_type), rtol=eps, atol=eps)
@@ -164,21 +163,19 @@ def broken(e, layout, alpha, key, noise_type):
 def test_a_kernel_that_fails_its_proof_is_named_once_and_not_used(kernel, reason, monkeypatch):
     """Asked once for each device, dtype and noise type, on a few of the call's own tokens."""
     monkeypatch.setattr(kernels, "_proven", {})
-    e, call = batch(3, 70, 33)
-    layout = layout_of_call(call)
+    e, layout = batch(3, 70, 33)
     with pytest.warns(NEFTuneWarning, match=reason):
         assert not kernels.is_proven(kernel, e, layout, "uniform")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not kernels.is_proven(kernel, e, layout, "uniform")
-        assert kernels.is_proven(triton_kernels.add_noise, e.to(DEVICE), layout_of_call(moved(call)), "uniform")
+        assert kernels.is_proven(triton_kernels.add_noise, e.to(DEVICE), moved(layout), "uniform")
     with pytest.warns(NEFTuneWarning, match="bfloat16"):
         assert not kernels.is_proven(kernel, e.bfloat16(), layout, "uniform")
 
 
-def moved(call):
-    values = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in vars(call).items()}
-    return CallArguments(**values)
+def moved(layout):
+    return SequenceLayout(*(tensor.to(DEVICE) for tensor in layout))
 
 
 COMPILE = """
@@ -217,10 +214,10 @@ def test_compiled_equals_eager(dtype, noise_type):
     for name in ("packed and padded", "4-dimensional"):
         ids, given, _ = CALLS[name]
         e = torch.randn(*ids.shape, 33).to(dtype).requires_grad_()
-        call = arguments_of_call(given, ids, site())
-        found = compiled(e, call, noise_type)
+        layout = layout_of_call(given, ids, site())
+        found = compiled(e, layout, noise_type)
         eps = torch.finfo(dtype).eps
-        expected = add_noise(e, layout_of_call(call), 5.0, noise_key(1), noise_type)
+        expected = add_noise(e, layout, 5.0, noise_key(1), noise_type)
         torch.testing.assert_close(found, expected, rtol=eps, atol=eps if noise_type == "uniform" else 8 * eps)
         found.sum().backward()
         assert torch.equal(e.grad, torch.ones_like(e))
@@ -234,12 +231,12 @@ def test_the_two_noises_sum_to_zero(path, noise_type, monkeypatch):
     if path == "triton" and noise_type not in triton_kernels.TYPES:
         pytest.skip("the plain formula does it")
     monkeypatch.setattr(cpu, "_BLOCK", 1000)
-    _, call = batch(3, 17, 33)
-    layout, zeros, halves = layout_of_call(call), torch.zeros(3, 17, 33), []
+    _, layout = batch(3, 17, 33)
+    zeros, halves = torch.zeros(3, 17, 33), []
 
     def noised(zeros, alpha):
         power = torch.zeros(2)
-        return add_noise_to_call(zeros, call, alpha, torch.tensor(noise_key(1)), noise_type, power), power
+        return add_noise_to_embeddings(zeros, layout, alpha, torch.tensor(noise_key(1)), noise_type, power), power
 
     torch._dynamo.reset()
     compiled = torch.compile(noised, fullgraph=True)
@@ -260,11 +257,11 @@ def test_the_two_noises_sum_to_zero(path, noise_type, monkeypatch):
 
 @pytest.mark.parametrize("path", ["reference", "blocks", "compiled"])
 def test_an_unknown_noise_type_is_refused_on_every_path(path):
-    e, call = batch(2, 3, 4)
+    e, layout = batch(2, 3, 4)
     functions = {
-        "reference": lambda: add_noise(e, layout_of_call(call), 5.0, 1, "cauchy"),
-        "blocks": lambda: noised(e, call, "cauchy"),
-        "compiled": lambda: torch.compile(noised, backend="eager")(e, call, "cauchy"),
+        "reference": lambda: add_noise(e, layout, 5.0, 1, "cauchy"),
+        "blocks": lambda: noised(e, layout, "cauchy"),
+        "compiled": lambda: torch.compile(noised, backend="eager")(e, layout, "cauchy"),
     }
     with pytest.raises(NEFTuneError, match="'cauchy'"):
         functions[path]()
@@ -273,7 +270,7 @@ def test_an_unknown_noise_type_is_refused_on_every_path(path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_equals_cpu(dtype, noise_type):
-    e, call = batch(3, 17, 33, dtype)
+    e, layout = batch(3, 17, 33, dtype)
     alpha, key, power = (tensor.cuda() for tensor in tensors())
-    found = add_noise_to_call(e.cuda(), moved(call), alpha, key, noise_type, power).cpu()
-    torch.testing.assert_close(found, noised(e, call, noise_type), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    found = add_noise_to_embeddings(e.cuda(), moved(layout), alpha, key, noise_type, power).cpu()
+    torch.testing.assert_close(found, noised(e, layout, noise_type), rtol=torch.finfo(dtype).eps, atol=1e-6)

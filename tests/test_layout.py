@@ -6,16 +6,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neftune_hf import NEFTuneError, sequence_lengths
+from neftune_hf import NEFTuneError, sequence_layout
 from neftune_hf.errors import NEFTuneWarning
-from neftune_hf.layout import arguments_of_call, layout_of_call, sequence_layout
+from neftune_hf.layout import layout_of_call
 
 from .helpers import CALLS, encodings, expected_layout, site, square_mask
 
 
+def lengths(shape, **arguments):
+    """L for each token of a batch of this shape."""
+    return sequence_layout(torch.zeros(tuple(shape), dtype=torch.int64), **arguments).lengths
+
+
 def lengths_of_call(given, ids, **facts):
     """L for each embedded id, in the shape of the ids."""
-    return layout_of_call(arguments_of_call(given, ids, site(**facts))).lengths.reshape(ids.shape)
+    return layout_of_call(given, ids, site(**facts)).lengths.reshape(ids.shape)
 
 
 # Layouts that a mask, positions, cumulative lengths or a 4-dimensional mask can describe.
@@ -34,7 +39,7 @@ def encoded(name, **options):
 @pytest.mark.parametrize("name", UNPACKED + PACKED)
 def test_lengths_by_a_mask_and_positions(name):
     known = encoded(name)
-    found = sequence_lengths(known["mask"].shape, attention_mask=known["mask"], position_ids=known["positions"])
+    found = lengths(known["mask"].shape, attention_mask=known["mask"], position_ids=known["positions"])
     assert found.tolist() == known["lengths"].tolist()
 
 
@@ -42,7 +47,7 @@ def test_lengths_by_a_mask_and_positions(name):
 @pytest.mark.parametrize("name", UNPACKED)
 def test_lengths_by_a_mask_alone(name, dtype):
     known = encoded(name)
-    found = sequence_lengths(known["mask"].shape, attention_mask=known["mask"].to(dtype))
+    found = lengths(known["mask"].shape, attention_mask=known["mask"].to(dtype))
     assert found.tolist() == known["lengths"].tolist()
 
 
@@ -50,12 +55,12 @@ def test_lengths_by_a_mask_alone(name, dtype):
 def test_lengths_by_positions_alone_and_by_cumulative_lengths_alone(name):
     known = encoded(name)
     for arguments in ({"position_ids": known["positions"]}, {"cu_seq_lens_q": known["cumulative lengths"]}):
-        assert sequence_lengths(known["lengths"].shape, **arguments).tolist() == known["lengths"].tolist()
+        assert lengths(known["lengths"].shape, **arguments).tolist() == known["lengths"].tolist()
 
 
 def test_lengths_by_cumulative_lengths_and_a_mask():
     bounds, mask = torch.tensor([0, 2, 5]), torch.tensor([[1, 1, 0, 1, 1, 0, 0]])  # padding inside and at the end
-    found = sequence_lengths((1, 7), cu_seq_lens_q=bounds, attention_mask=mask)
+    found = lengths((1, 7), cu_seq_lens_q=bounds, attention_mask=mask)
     assert found.tolist() == [[2, 2, 0, 2, 2, 0, 0]]
 
 
@@ -69,26 +74,26 @@ def test_lengths_by_a_4_dimensional_mask(name, causal, additive, with_positions)
     if additive:
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     positions = known["positions"] if with_positions else None
-    found = sequence_lengths(known["lengths"].shape, attention_mask=mask, position_ids=positions)
+    found = lengths(known["lengths"].shape, attention_mask=mask, position_ids=positions)
     assert found.tolist() == known["lengths"].tolist()
 
 
 def test_positions_of_one_row_serve_the_batch():
-    assert sequence_lengths((2, 3), position_ids=torch.tensor([[0, 1, 2]])).tolist() == [[3] * 3] * 2
+    assert lengths((2, 3), position_ids=torch.tensor([[0, 1, 2]])).tolist() == [[3] * 3] * 2
 
 
 def test_left_padding_with_any_positions_on_the_padding():
     mask = torch.tensor([[0, 0, 1, 1, 1]])
     for positions in ([[0, 1, 2, 3, 4]], [[1, 1, 0, 1, 2]], [[0, 0, 0, 1, 2]]):
-        found = sequence_lengths((1, 5), attention_mask=mask, position_ids=torch.tensor(positions))
+        found = lengths((1, 5), attention_mask=mask, position_ids=torch.tensor(positions))
         assert found.tolist() == [[0, 0, 3, 3, 3]]
 
 
 def test_a_mask_wider_than_the_ids_and_one_narrower():
     wider = torch.tensor([[1, 1, 1, 1, 0]])  # preceded by two virtual or cached tokens
-    assert sequence_lengths((1, 3), attention_mask=wider).tolist() == [[2, 2, 0]]
+    assert lengths((1, 3), attention_mask=wider).tolist() == [[2, 2, 0]]
     narrower = torch.tensor([[1, 1, 0]])  # the model pads its ids to a window
-    assert sequence_lengths((1, 5), attention_mask=narrower).tolist() == [[2, 2, 0, 0, 0]]
+    assert lengths((1, 5), attention_mask=narrower).tolist() == [[2, 2, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def test_places_that_features_overwrite_do_not_count(given, replaced):
 )
 def test_documents_that_begin_with_an_image_and_images_wider_than_a_window(ids, given, documents):
     ids = torch.tensor([ids])
-    found = layout_of_call(arguments_of_call(given | {"input_ids": ids}, ids, site(placeholders=(9,))))
+    found = layout_of_call(given | {"input_ids": ids}, ids, site(placeholders=(9,)))
     expected = expected_layout(ids, [(0, columns) for columns in documents])
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
@@ -182,7 +187,7 @@ def test_layout_of_every_kind_of_call(name):
     expected = expected_layout(ids, sequences)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = layout_of_call(arguments_of_call(given, ids, site()))
+        found = layout_of_call(given, ids, site())
     for part, reference in zip(found, expected, strict=True):
         assert part.dtype == torch.int64
         real = expected.lengths > 0
@@ -313,7 +318,7 @@ def test_no_layout_waits_for_the_device(name):
     else:
         (ids, given, _), about = CALLS[name], {}
     with NoSynchronisation():
-        layout = layout_of_call(arguments_of_call(given, ids, site(**about)))
+        layout = layout_of_call(given, ids, site(**about))
     assert layout.lengths.shape == ids.shape
 
 

@@ -16,13 +16,16 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
 )
-from trl import DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, RLOOConfig, SFTConfig
+from trl.experimental.async_grpo import AsyncGRPOConfig
 from trl.experimental.kto import KTOTrainer
+from trl.experimental.sdpo import SDPOConfig
 
 from neftune_hf import NEFTuneCallback, NEFTuneTrainerMixin, find_input_embeddings
 from neftune_hf.errors import NEFTuneWarning
-from neftune_hf.trainer import _divides_by_a_clean_pass
 
 from .conftest import VOCAB, byte_tokenizer, leftovers, tiny_llama
 from .helpers import COMMON, alpha_by_row
@@ -110,9 +113,31 @@ def test_a_ratio_of_a_noised_to_a_clean_pass_is_warned_of(settings, keywords, wa
     assert any("clipped" in str(w.message) for w in caught) == warns
 
 
-def test_asynchronous_grpo_is_known_by_name():
-    trainer = type("NEFTuneAsync", (type("AsyncGRPOTrainer", (), {"args": None}),), {})()
-    assert _divides_by_a_clean_pass(trainer)
+def test_every_trainer_whose_loss_has_that_ratio_is_known(tmp_path):
+    """By its config: asynchronous GRPO needs a vLLM server, and SDPO a teacher."""
+    settings = {"bf16": False, "max_steps": 1, "report_to": "none"}
+    divides = {
+        AsyncGRPOConfig: settings,
+        RLOOConfig: settings | {"gradient_accumulation_steps": 4, "steps_per_generation": 4},
+        SDPOConfig: settings | {"num_iterations": 2},
+        GRPOConfig: settings | {"num_iterations": 2},
+    }
+    does_not = {
+        SDPOConfig: settings,
+        GRPOConfig: settings,
+        DPOConfig: settings,
+        KTOConfig: settings,
+        SFTConfig: settings,
+    }
+    for table, expected in ((divides, True), (does_not, False)):
+        for config, values in table.items():
+            callback, model = NEFTuneCallback(neftune_noise_alpha=5), tiny_llama()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                args = config(str(tmp_path), **values)
+                callback.on_train_begin(args, TrainerState(), TrainerControl(), model)
+            callback.remove()
+            assert any("clipped" in str(w.message) for w in caught) == expected, config
 
 
 class NEFTuneSeq2SeqTrainer(NEFTuneTrainerMixin, Seq2SeqTrainer):

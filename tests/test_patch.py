@@ -31,6 +31,7 @@ def test_the_patch_replaces_the_built_in_and_can_be_taken_back(tmp_path, patched
     for trainer in (ours, reference, mixed, off):
         train(trainer)
     assert losses(ours) == losses(reference) == losses(mixed) != losses(off)
+    assert not any(isinstance(callback, NEFTuneCallback) for callback in ours.callback_handler.callbacks)
     patched()
     built_in = make(tmp_path, alpha=5)
     train(built_in)

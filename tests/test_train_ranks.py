@@ -96,28 +96,20 @@ def test_two_workers_of_ray(tmp_path, model_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora", "pairs"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_noise_does_not_know_the_rank_and_a_resumed_run_is_the_same(tmp_path, kind):
     accelerate_launch("-m", "tests.two_processes", kind, tmp_path)
     runs = [torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in (0, 1)]
     for run in runs:
-        passes = 2 if kind == "pairs" else 1
-        assert len(run["seen"]) == 8 * passes
+        assert len(run["seen"]) == 8
         for number, (ids, noised, clean) in enumerate(run["seen"]):
-            key = noise_key(COMMON["seed"], step=number // (2 * passes))
-            alpha = -5.0 if passes == 2 and number % 2 else 5.0
+            key = noise_key(COMMON["seed"], step=number // 2)
             for row, found, e in zip(ids, noised, clean, strict=True):
                 alone = row[row != 2][None]  # alone: no padding, batch or rank
-                expected = add_noise(e[row != 2][None], sequence_layout(alone), alpha, key)
+                expected = add_noise(e[row != 2][None], sequence_layout(alone), 5.0, key)
                 assert torch.equal(found[row != 2][None], expected)
                 assert torch.equal(found[row == 2], e[row == 2])
     assert not torch.equal(runs[0]["seen"][0][0], runs[1]["seen"][0][0])  # different data, so different noise
     for a, b, c in zip(runs[0]["weights"], runs[1]["weights"], runs[0]["again"], strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
-    for run in runs:
-        assert len(run["gradients"]) == (2 if kind == "pairs" else 0)
-        for name in run["gradients"][0] if kind == "pairs" else ():
-            once, each = (gradients[name] for gradients in run["gradients"])
-            torch.testing.assert_close(once, each, rtol=1e-4, atol=1e-7)
-            assert torch.equal(once, runs[0]["gradients"][0][name])

@@ -69,8 +69,7 @@ def test_after_a_fault_the_model_is_clean_and_the_next_run_is_right(
         model.load_state_dict(start)
 
     break_a_run()
-    if kind == "mixin":
-        assert leftovers(model) == []
+    assert leftovers(model) == []
     again = make_of(kind, tmp_path / "again", model)
     train(again)
     assert losses(again) == losses_without_a_fault[kind]

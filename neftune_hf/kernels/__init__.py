@@ -2,14 +2,12 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from ..errors import NEFTuneWarning, first_line
-from ..layout import CallArguments, layout_of_call
 from ..noise import SequenceLayout, add_noise
 from . import cpu
 
@@ -17,39 +15,25 @@ Kernel = Callable[..., torch.Tensor]  # with the signature of `noise.add_noise`
 _PROOF_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The part of sharded embeddings that this process has.
-
-    Attributes:
-        shape: Shape of the full embeddings, (*shape of the ids, d).
-        index: This process's slice of each dimension.
-    """
-
-    shape: tuple[int, ...]
-    index: tuple[slice, ...]
-
-
-def add_noise_to_call(
+def add_noise_to_embeddings(
     embeddings: torch.Tensor,
-    call: CallArguments,
+    layout: SequenceLayout,
     neftune_noise_alpha: torch.Tensor,
     key: torch.Tensor,
     neftune_noise_type: str,
     power_sums: torch.Tensor,
     checkpoint_tag: tuple[int, ...] = (),
-    shard: Shard | None = None,
 ) -> torch.Tensor:
-    """e' = e + alpha / sqrt(L * d) * u, for the ids embedded in a forward call.
+    """e' = e + alpha / sqrt(L * d) * u, for the output of an embedding module.
 
     Args:
-        embeddings (`torch.Tensor`): The embedding module's output for `call.input_ids`; not modified.
+        embeddings (`torch.Tensor`): (*shape of the ids, d); not modified. Or a replicated DTensor.
+        layout ([`SequenceLayout`]): Each token's sequence, with as many elements as there are ids.
         neftune_noise_alpha, key (`torch.Tensor`): 0-d float32 and int64, on the device of `embeddings`. A negative
             alpha flips the sign of the noise.
         power_sums (`torch.Tensor`): (2,) float32. The powers of noise and embeddings, summed over the real tokens, are
             added to it.
         checkpoint_tag (`tuple[int, ...]`): Shape of an empty tensor, as in [`_StraightThrough`].
-        shard ([`Shard`], *optional*): This process's part of the call's embeddings.
 
     Returns:
         `torch.Tensor`: e', a new tensor, whose gradient with respect to `embeddings` is the identity.
@@ -57,21 +41,19 @@ def add_noise_to_call(
     local = embeddings.to_local() if isinstance(embeddings, DTensor) else embeddings
     compiling = torch.compiler.is_compiling()
     is_wrapped = not compiling and torch._C._functorch.is_functorch_wrapped_tensor(local)
-    with torch.no_grad():
-        layout = _as_embedded(layout_of_call(call), embeddings.shape, shard)
-        if not is_wrapped:
-            d = embeddings.shape[-1] if shard is None else shard.shape[-1]
-            _measure(local, layout, neftune_noise_alpha * (local.shape[-1] / d) ** 0.5, power_sums)
+    layout = SequenceLayout(*(tensor.reshape(embeddings.shape[:-1]) for tensor in layout))
+    if not is_wrapped:
+        with torch.no_grad():
+            _measure(local, layout, neftune_noise_alpha, power_sums)
     is_eager = not (is_wrapped or compiling)
-    kernel = kernel_for(local, layout, neftune_noise_type) if is_eager and shard is None else add_noise
+    kernel = kernel_for(local, layout, neftune_noise_type) if is_eager else add_noise
 
     def add(embeddings: torch.Tensor) -> torch.Tensor:
         local = embeddings.to_local() if isinstance(embeddings, DTensor) else embeddings
-        noised = _add_to_shard(kernel, local, layout, neftune_noise_alpha, key, neftune_noise_type, shard)
+        noised = kernel(local, layout, neftune_noise_alpha, key, neftune_noise_type)
         if not isinstance(embeddings, DTensor):
             return noised
-        mesh, shape, stride = embeddings.device_mesh, embeddings.shape, embeddings.stride()
-        return DTensor.from_local(noised, mesh, embeddings.placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(noised, embeddings.device_mesh, embeddings.placements, run_check=False)
 
     # Traced, it is a sum with a constant, which has this gradient.
     return _StraightThrough.apply(embeddings, add, checkpoint_tag) if is_eager else add(embeddings)
@@ -135,7 +117,8 @@ def is_proven(kernel: Kernel, embeddings: torch.Tensor, layout: SequenceLayout, 
             name = torch.cuda.get_device_name(embeddings.device) if embeddings.is_cuda else embeddings.device.type
             warnings.warn(
                 f"NEFTune's kernel {kernel.__module__} {reason} on {name} in {embeddings.dtype}. The reference is used "
-                "there instead: the noise is right, and takes longer. Please report it with `neftune-hf env`.",
+                "there instead: the noise is right, and takes longer. Please report it, with the output of "
+                "`transformers env`.",
                 NEFTuneWarning,
                 stacklevel=2,
             )
@@ -151,22 +134,6 @@ def _equals_reference(kernel: Kernel, embeddings: torch.Tensor, layout: Sequence
     )
     eps = torch.finfo(embeddings.dtype).eps
     return torch.equal(*noises) and torch.allclose(*sums, rtol=eps, atol=eps, equal_nan=True)
-
-
-def _as_embedded(layout: SequenceLayout, shape: torch.Size, shard: Shard | None) -> SequenceLayout:
-    """The layout in the shape of the embedded ids, of which a shard has a part."""
-    if shard is None:
-        return SequenceLayout(*(tensor.reshape(shape[:-1]) for tensor in layout))
-    return SequenceLayout(*(tensor.reshape(shard.shape[:-1])[shard.index[:-1]] for tensor in layout))
-
-
-def _add_to_shard(kernel: Kernel, embeddings, layout, alpha, key, noise_type, shard: Shard | None) -> torch.Tensor:
-    if shard is None or embeddings.shape[-1] == shard.shape[-1]:
-        return kernel(embeddings, layout, alpha, key, noise_type)
-    # A shard of the channels: compute the noise of all channels, so that the bits are the same, and slice.
-    channels = shard.index[-1]
-    wide = torch.nn.functional.pad(embeddings, (channels.start, shard.shape[-1] - channels.stop))
-    return kernel(wide, layout, alpha, key, noise_type)[..., channels].contiguous()
 
 
 def _measure(embeddings: torch.Tensor, layout: SequenceLayout, alpha: torch.Tensor, power_sums: torch.Tensor) -> None:
