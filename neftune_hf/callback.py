@@ -71,10 +71,13 @@ class NEFTuneCallback(TrainerCallback):
     Example:
 
     ```python
-    from transformers import Trainer
-    from neftune_hf import NEFTuneCallback
-
-    Trainer(model, args, train_dataset=dataset, callbacks=[NEFTuneCallback(neftune_noise_alpha=5)]).train()
+    >>> from transformers import Trainer
+    >>> from neftune_hf import NEFTuneCallback
+    >>> callback = NEFTuneCallback(neftune_noise_alpha=5)
+    >>> trainer = Trainer(model=model, args=args, train_dataset=dataset, callbacks=[callback])
+    >>> steps = trainer.train().global_step
+    >>> callback.run.noised_steps == {"model.embed_tokens": steps}
+    True
     ```
     """
 

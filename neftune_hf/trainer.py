@@ -54,3 +54,5 @@ class NEFTuneTrainerMixin(_Trainer):
             self.add_callback(callback)
             callback.on_init_end(self.args, self.state, self.control)
         self.neftune_callback: Any = callback_of(self.callback_handler)
+        if self.neftune_callback.fields.get("neftune_noise_alpha") or self.args.neftune_noise_alpha:
+            self._tag_names = [*getattr(self, "_tag_names", ()), "neftune"]  # of the model card, in TRL's trainers

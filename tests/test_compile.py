@@ -23,13 +23,13 @@ def graphs(shapes, between=None, steps=1, **fields):
     model = tiny_llama(num_hidden_layers=1).train()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
-    with attach(compiled, **fields) as handle:
+    with attach(compiled, max_steps=steps, **fields) as handle:
         for step in range(steps):
             for batch, length in shapes:
                 ids = torch.randint(3, VOCAB, (batch, length))
                 if between:
                     handle.remove()
-                    handle.set_step(step, steps)
+                    handle.set_step(step)
                     handle.attach()
                 compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
     return counter.frame_count, handle

@@ -4,6 +4,7 @@ import itertools
 import warnings
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -121,3 +122,25 @@ def test_evaluation_and_training_give_all_that_they_give_without(tmp_path):
     assert {"epoch", "eval_mean_token_accuracy", "eval_entropy", "eval_num_tokens"} <= our_evaluation.keys()
     for mine, other in zip(ours.state.log_history, theirs.state.log_history, strict=True):
         assert {key for key in mine if not key.startswith("neftune/")} == other.keys()
+
+
+@pytest.mark.parametrize("alpha", [5, None])
+def test_the_model_card_of_a_noised_run_has_a_tag(alpha, tmp_path):
+    args = NEFTuneSFTConfig(
+        neftune_noise_alpha=alpha, output_dir=str(tmp_path), bf16=False, **COMMON | {"max_steps": 1}
+    )
+    trainer = NEFTuneSFTTrainer(
+        tiny_llama(), args=args, train_dataset=token_dataset(), processing_class=byte_tokenizer()
+    )
+    train(trainer)
+    trainer.create_model_card(model_name="tiny")
+    tags = ModelCard.load(tmp_path / "README.md").data.tags
+    assert ("neftune" in tags) == (alpha is not None)
+    assert "sft" in tags
+
+
+def test_a_machine_without_bfloat16_is_told_what_to_set(tmp_path):
+    with pytest.raises(NEFTuneError, match=r"`bf16` is True, TRL's default.* Set `bf16=False`"):
+        NEFTuneSFTConfig(output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="evaluation"):  # the host's own errors stay
+        NEFTuneSFTConfig(output_dir=str(tmp_path), bf16=False, eval_strategy="steps", load_best_model_at_end=True)
