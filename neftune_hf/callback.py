@@ -269,9 +269,10 @@ def _with_neftune(train: Callable) -> Callable:
 
     @functools.wraps(train)
     def wrapper(trainer, *args, **kwargs):
-        stale = attached_handle(trainer.model)  # of a run that no wrapper saw
-        if stale is not None and not stale.follows_optimizer:  # keep a handle from `attach`
-            stale.remove()
+        if trainer.model is not None:  # as it is between the trials of a search
+            stale = attached_handle(trainer.model)  # of a run that no wrapper saw
+            if stale is not None and not stale.follows_optimizer:  # keep a handle from `attach`
+                stale.remove()
         callbacks = trainer.callback_handler.callbacks
         ours = callback_of(trainer.callback_handler)
         is_fallback = ours is None and fallback is not None and trainer.args.neftune_noise_alpha is not None

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 from trl import SFTConfig, SFTTrainer
@@ -170,6 +171,28 @@ def test_a_callback_that_is_added_in_mid_run_begins_at_the_next_step(tmp_path):
     late.trainer = trainer
     train(trainer)
     assert [torch.equal(noised, clean) for _, noised, clean in probe.training] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "q_proj"])
+def test_an_adapter_that_is_merged_in_mid_run_is_noised_on_or_said(target, tmp_path):
+    """Merging replaces an adapted embedding, and leaves another in place."""
+
+    class Merge(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                model.merge_and_unload().requires_grad_()
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=[target]))
+    trainer = make(tmp_path, model=model, callbacks=[callback := NEFTuneCallback(neftune_noise_alpha=5), Merge()])
+    if target == "embed_tokens":
+        with pytest.raises(
+            NEFTuneError, match=r"embed_tokens \(Embedding, d=32\) no longer exists.*`merge_and_unload\(\)`"
+        ):
+            train(trainer)
+    else:
+        train(trainer)
+        assert list(callback.run.noised_steps.values()) == [4]
+    assert leftovers(model) == []
 
 
 # Settings and errors

@@ -328,3 +328,18 @@ def test_an_embedding_that_returns_more_than_a_tensor_is_refused():
         pytest.raises(NEFTuneError, match=r"embedding \(Pair, d=256\) returned a tuple"),
     ):
         model(IDS, IDS, BATCH["attention_mask"])
+
+
+def test_ids_and_masks_may_be_on_another_device_than_the_embeddings():
+    """As where accelerate's hooks move a module's inputs inside its forward."""
+
+    class Moves(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids).to("meta")
+
+    model = Preferences().train()
+    model.embedding = Moves(VOCAB, 256)
+    with attach(model, neftune_noise_alpha=5) as handle, lookups(model.embedding):
+        assert model.embedding(IDS).device.type == "meta"
+        assert model(IDS, IDS, BATCH["attention_mask"]).device.type == "meta"
+        assert handle.noised_steps == {"embedding": 1}

@@ -4,6 +4,7 @@ import functools
 import math
 import operator
 
+import numpy
 import pytest
 import torch
 from scipy import stats
@@ -311,3 +312,8 @@ def test_noise_within_half_a_unit_in_the_last_place_is_lost():
     rms = 1.5 * 10 ** (-rounding_snr_db(torch.bfloat16) / 20)
     assert torch.equal((numbers.float() + 0.9 * rms * unit).bfloat16(), numbers)
     assert not torch.equal((numbers.float() + 2 * rms * unit).bfloat16(), numbers)
+
+
+def test_a_key_takes_numpys_integers():
+    steps = numpy.arange(999, 1002)
+    assert [noise_key(numpy.uint64(2**64 - 1), step) for step in steps] == [noise_key(2**64 - 1, int(s)) for s in steps]
