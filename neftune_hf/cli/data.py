@@ -104,8 +104,9 @@ def to_prompt_completion(
         return _without_empty(data.select_columns([text_field]), name)
     if not is_known:
         raise DatasetError(
-            f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name them `instruction` "
-            "and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and `completion`, or `text`."
+            f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name them "
+            "`instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
+            "`completion`, or `text`."
         )
     # `datasets` caches what `map` returns, and does not notice when a function that `convert` calls has changed
     version = {"version": __version__}
