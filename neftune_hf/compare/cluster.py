@@ -9,9 +9,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.queue import Queue
 
-from ..errors import NEFTuneError, first_line
+from ..errors import NEFTuneConfigError, NEFTuneError, first_line
 from .measure import Workload, train_and_measure
 from .runs import Run
 from .sweep import Execute
@@ -46,38 +45,34 @@ def call_on_ray(task: Callable[[Callable], Any], function: Callable[..., Any], *
     return _result(task(_in_folder).remote(os.getcwd(), function, *args))
 
 
-def on_ray(task: Callable[[Callable], Any], load: Callable[[], Workload]) -> Execute:
-    """Trains each run in a Ray task, which calls `load` itself: it must be picklable, as data and models are not sent.
+def on_ray(
+    task: Callable[[Callable], Any], prepare: Callable[[Run], Workload], identities: list[dict[str, Any]]
+) -> Execute:
+    """Trains each run in a Ray task, which calls `prepare`: it must be picklable, as data and models are not sent.
 
     A run that fails does not end the others; the first error is raised after the last run. If the caller stops
     early, the tasks are cancelled.
     """
 
-    def execute(runs: dict[int, Run], report: Callable[[int, float], Any]) -> Generator:
-        queue = Queue(actor_options={"num_cpus": 0})
+    def execute(runs: dict[int, Run]) -> Generator:
         tasks = {
-            task(_in_folder).remote(os.getcwd(), _train_and_measure, load, run, i, queue): i for i, run in runs.items()
+            task(_in_folder).remote(os.getcwd(), _train_and_measure, prepare, run, identities[i]): i
+            for i, run in runs.items()
         }
         waiting, errors = list(tasks), []
         try:
             while waiting:
-                finished, waiting = ray.wait(waiting, timeout=0.5)
-                unfinished = {tasks[reference] for reference in waiting}
-                for i, share in queue.get_nowait_batch(queue.qsize()):
-                    if i in unfinished:  # messages may arrive after the result
-                        report(i, share)
-                for reference in finished:
-                    i = tasks[reference]
-                    try:
-                        yield i, _result(reference)
-                    except Exception as error:
-                        logger.error("%s failed, and the others go on: %s", runs[i].name, first_line(error))
-                        errors.append(error)
-                        yield i, None
+                (reference,), waiting = ray.wait(waiting)
+                i = tasks[reference]
+                try:
+                    yield i, _result(reference)
+                except Exception as error:
+                    logger.error("%s failed, and the others go on: %s", runs[i].name, first_line(error))
+                    errors.append(error)
+                    yield i, None
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=True)
-            queue.shutdown(force=True)
         if errors:
             raise errors[0]
 
@@ -90,14 +85,14 @@ def _in_folder(folder: str, function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def _train_and_measure(load: Callable[[], Workload], run: Run, i: int, queue: Queue) -> dict[str, Any]:
-    actor: Any = queue.actor
-
-    def report(share: float) -> None:
-        actor.put_nowait.remote((i, share))  # without waiting for it
-
-    report(0.0)
-    return train_and_measure(load(), run, report)
+def _train_and_measure(prepare: Callable[[Run], Workload], run: Run, identity: dict[str, Any]) -> dict[str, Any]:
+    workload = prepare(run)
+    if other := [part for part, value in (workload.identity or {}).items() if value != identity[part]]:
+        raise NEFTuneConfigError(
+            f"`--ray`: the {' and '.join(other)} of {run.name} on this machine are not those with which the comparison "
+            "began. Every machine needs the same data, model and packages."
+        )
+    return train_and_measure(workload, run)
 
 
 def _result(reference: Any) -> Any:

@@ -1,33 +1,30 @@
 """Tasks of lm-evaluation-harness, with the metrics of each document."""
 
 import contextlib
+import functools
 import io
 import logging
-from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+import lm_eval
 import numpy as np
-from lm_eval import simple_evaluate
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 
 from ..errors import NEFTuneConfigError, first_line
+from .runs import fingerprint
 
-Evaluate = Callable[[Any], dict[str, list[float]]]
 
-
-def load_tasks(names: str, limit: int | None, tokenizer: Any, batch_size: int) -> Evaluate:
-    """Load tasks with their data, and return a function that evaluates a model on them.
-
-    The function returns the metrics that are one number per document, each as a list in the order of the documents. In
-    several processes, all of them evaluate all documents, which keeps the forward passes of a sharded model in step.
+@functools.cache
+def load_tasks(names: str) -> tuple[Any, dict[str, Any]]:
+    """Load tasks with their data.
 
     Args:
         names (`str`): As in `lm_eval --tasks`: names or YAML files, separated by commas.
-        limit (`int`, *optional*): The number of documents of each task.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): If it has a chat template, the template is applied.
-        batch_size (`int`): Documents per forward pass.
+
+    Returns:
+        `tuple`: The harness's manager of tasks, and the tasks by name.
 
     Raises:
         NEFTuneConfigError: A task is unknown, cannot be loaded, runs generated code, or needs images.
@@ -36,26 +33,43 @@ def load_tasks(names: str, limit: int | None, tokenizer: Any, batch_size: int) -
     config = EvaluatorConfig(tasks=names.split(","))
     try:
         manager = config.process_tasks()
-        tasks = list(manager.load(config.tasks)["tasks"].values())
+        tasks = manager.load(config.tasks)["tasks"]
     except Exception as error:  # of the harness, datasets, the hub, or a task's own code
         raise NEFTuneConfigError(f"`--tasks` {names} cannot be loaded: {first_line(error)}") from error
-    for task in tasks:
+    for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise NEFTuneConfigError(f"`--tasks`: {task.task_name} runs generated code or needs images. Leave it out.")
+            raise NEFTuneConfigError(f"`--tasks`: {name} runs generated code or needs images. Leave it out.")
+    return manager, tasks
 
-    def evaluate(model: Any) -> dict[str, list[float]]:
-        with contextlib.redirect_stderr(io.StringIO()):  # the harness's own progress bars
-            results = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=tasks,
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=0,
-                apply_chat_template=bool(tokenizer.chat_template),
-            )
-        return _document_metrics(results["samples"]) if results else {}  # on each node, one process has results
 
-    return evaluate
+def contents(names: str) -> str:
+    """A hash of the tasks' settings and documents, and of the harness's version."""
+    rows = (row for task in load_tasks(names)[1].values() for row in ([task.dump_config()], *task.eval_docs))
+    return fingerprint([lm_eval.__version__, *rows])
+
+
+def evaluate(model: Any, names: str, limit: int | None, tokenizer: Any, batch_size: int) -> dict[str, list[float]]:
+    """The metrics that are one number per document, each as a list in the order of the documents.
+
+    In several processes, all of them evaluate all documents, which keeps the forward passes of a sharded model in step.
+
+    Args:
+        names (`str`): As for [`load_tasks`].
+        limit (`int`, *optional*): The number of documents of each task.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): If it has a chat template, the template is applied.
+        batch_size (`int`): Documents per forward pass.
+    """
+    manager, tasks = load_tasks(names)
+    with contextlib.redirect_stderr(io.StringIO()):  # the harness's own progress bars
+        results = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks.values()),
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            apply_chat_template=bool(tokenizer.chat_template),
+        )
+    return _document_metrics(results["samples"]) if results else {}  # on each node, one process has results
 
 
 def _document_metrics(samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
