@@ -1,9 +1,10 @@
 """One run of a comparison: train, measuring the losses with the noise off, then complete prompts."""
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -13,74 +14,60 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..errors import first_line
 from .metrics import record_losses
-from .runs import Run, fingerprint
+from .runs import fingerprint
 
 _POINTS = 4  # how often a run measures its losses
 
+Prompts = dict[str, list[dict[str, Any]]]
 
-class Workload(NamedTuple):
-    """A run, prepared.
 
-    Attributes:
-        identity: Everything that the run's result depends on, as JSON; None but on the main process.
-        train_records: The number of training records.
-        prompts: Lists of `{"prompt", "reference"}`, by what they are prompts of.
-        make_trainer: Builds the Trainer, whose `eval_dataset` has the records `held_out` and `training`.
-        complete: A model's completions of a batch of prompts, as `{"text", "tokens", "ended"}`.
-        evaluate: A model's metrics on tasks, each a list over the task's documents.
-        snr_db: The signal-to-noise ratio of the Trainer's finished run, in dB; None without noise.
+def train_and_measure(
+    trainer: Any, name: str, prompts: Prompts, complete: Callable[..., list[list[int]]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train a run and measure it. Losses that are not numbers and completions that failed are results too.
+
+    Args:
+        trainer (`SFTTrainer`): Its `eval_dataset` has the records `held_out` and `training`.
+        name (`str`): For the progress bar.
+        prompts (`dict`): Lists of `{"prompt", "reference"}`, by what they are prompts of.
+        complete (`Callable`): Takes a model, a tokenizer, prompts and a limit; returns the completions' tokens.
+        options (`argparse.Namespace`): Those of `neftune-hf compare`.
     """
-
-    identity: dict[str, Any] | None
-    train_records: int
-    prompts: dict[str, list[dict[str, Any]]]
-    make_trainer: Callable[[], Any]
-    complete: Callable[[Any, list[Any]], list[dict[str, Any]]]
-    evaluate: Callable[[Any], dict[str, list[float]]]
-    snr_db: Callable[[Any], float | None]
-
-
-def train_and_measure(workload: Workload, run: Run) -> dict[str, Any]:
-    """Train one run and measure it. Losses that are not numbers and completions that failed are results too."""
-    trainer = workload.make_trainer()
     trainer.remove_callback(PrinterCallback)
-    curve = _LossCurve(trainer, run.name)
+    curve = _LossCurve(trainer, name)
     trainer.add_callback(curve)
     trainer.train()
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-        completions = {name: _completions(trainer, model, workload, name) for name in workload.prompts}
-        tasks = workload.evaluate(model)
-    lengths = [len(ids) for ids in trainer.eval_dataset["training"]["input_ids"]]
-    result = {
-        "setting": run.setting,
-        "seed": run.seed,
-        "steps": trainer.state.max_steps,
-        "epochs": trainer.state.epoch,
-        "train_records": workload.train_records,
-        "mean_length": sum(lengths) / len(lengths),
-        "snr_db": workload.snr_db(trainer),
-        "curve": curve.points,
-        "losses": curve.losses,
-        "records": {name: fingerprint(rows["input_ids"]) for name, rows in trainer.eval_dataset.items()},
-        "prompts": workload.prompts,
-        "completions": completions,
-        "tasks": tasks,
-    }
-    trainer.accelerator.free_memory()
-    return result
+    tokenizer, limit, tasks = trainer.processing_class, options.max_new_tokens, {}
 
-
-def _completions(trainer: Any, model: Any, workload: Workload, name: str) -> list[dict[str, Any]]:
-    def complete(prompts: list[Any]) -> list[dict[str, Any]]:
+    def completions(model: Any, batch: list[Any]) -> list[dict[str, Any]]:
         try:
-            return workload.complete(model, prompts)
+            rows = complete(model, tokenizer, batch, limit)
         except Exception as error:  # after hours of training: whatever it is, the run's losses are kept
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
                 raise  # the other processes would wait for this one
-            return [{"error": first_line(error)}] * len(prompts)
+            return [{"error": first_line(error)}] * len(batch)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
+        return [{"text": t, "tokens": len(r), "ended": len(r) < limit} for t, r in zip(texts, rows, strict=True)]
 
-    prompts = [row["prompt"] for row in workload.prompts[name]]
-    return _over_processes(trainer, f"completions, {name}", prompts, complete)
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        completed = {
+            group: _over_processes(
+                trainer, group, [row["prompt"] for row in rows], lambda part: completions(model, part)
+            )
+            for group, rows in prompts.items()
+        }
+        if options.tasks:
+            from .tasks import evaluate
+
+            tasks = evaluate(model, options.tasks, options.limit, tokenizer, trainer.args.per_device_eval_batch_size)
+    trainer.accelerator.free_memory()
+    lengths = [len(ids) for ids in trainer.eval_dataset["training"]["input_ids"]]
+    records = {group: fingerprint(rows["input_ids"]) for group, rows in trainer.eval_dataset.items()}
+    return {
+        "steps": trainer.state.max_steps, "epochs": trainer.state.epoch, "mean_length": sum(lengths) / len(lengths),
+        "curve": curve.points, "losses": curve.losses, "records": records,
+        "prompts": prompts, "completions": completed, "tasks": tasks,
+    }  # fmt: skip
 
 
 class _LossCurve(TrainerCallback):
@@ -98,18 +85,18 @@ class _LossCurve(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
         if state.global_step in {-(-state.max_steps * point // _POINTS) for point in range(1, _POINTS + 1)}:
-            self.losses = {name: self._measure(name, list(rows)) for name, rows in self.trainer.eval_dataset.items()}
+            self.losses = {group: self._measure(list(rows)) for group, rows in self.trainer.eval_dataset.items()}
             means = {name: _mean(losses) for name, losses in self.losses.items()}
             self.points.append({"step": state.global_step} | means)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-    def _measure(self, name: str, rows: list[dict[str, Any]]) -> list[float]:
-        def measure(batch: list[dict[str, Any]]) -> list[float]:
+    def _measure(self, rows: list[dict[str, Any]]) -> list[float]:
+        def losses(batch: list[dict[str, Any]]) -> list[float]:
             return record_losses(self.trainer.model, batch, self.collate)
 
-        return _over_processes(self.trainer, f"losses, {name}", rows, measure, size=lambda row: len(row["input_ids"]))
+        return _over_processes(self.trainer, "losses", rows, losses, size=lambda row: len(row["input_ids"]))
 
 
 def _mean(losses: list[float]) -> float:
@@ -117,12 +104,9 @@ def _mean(losses: list[float]) -> float:
 
 
 def _over_processes(
-    trainer: Any,
-    title: str,
-    items: list[Any],
-    measure: Callable[[list[Any]], list[Any]],
+    trainer: Any, title: str, items: list[Any], measure: Callable[[list[Any]], list[Any]],
     size: Callable[[Any], int] = lambda item: 0,
-) -> list[Any]:
+) -> list[Any]:  # fmt: skip
     """The results of `measure` for all items, computed in batches, largest items first, on all processes.
 
     Each process calls `measure` the same number of times, as the forward passes of a sharded model need it.

@@ -1,6 +1,5 @@
 """The report of a comparison, in words: an HTML page, Markdown, JSON, and the completions."""
 
-import importlib.resources
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ import jinja2
 
 from .figures import draw
 from .intervals import Interval
-from .summary import METRICS, by_setting, correct, judged, summarise, text_of
+from .summary import METRICS, by_setting, judged, summarise, text_of
 
 _SMALL = 1.0  # %: if the whole interval is within +-1 %, the verdict is "no difference"
 
@@ -20,28 +19,30 @@ def write_report(folder: Path, runs: list[dict[str, Any]]) -> str:
 
     Args:
         folder (`Path`): An existing folder.
-        runs (`list[dict]`): The measurements of each run of a [`Sweep`], the baseline first.
+        runs (`list[dict]`): The measurements of each run, from [`sweep`], the baseline first.
 
     Returns:
         `str`: The size of the noise, the path of the report and the verdict, for the terminal.
     """
-    results = summarise(runs)
-    groups = by_setting(runs)
+    results, groups = summarise(runs), by_setting(runs)
     results["noise"] = [line for setting in results["settings"] for line in _noise(setting)]
     results["verdict"] = [_verdict(name, results) for name in list(groups)[1:]]
-    results["corrected"] = [_corrected(metric) for metric in correct(results)] if len(groups) > 2 else []
     results["arguments"] = {name: _without_folder(str(value)) for name, value in results["arguments"].items()}
     folder.joinpath("results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    metrics = judged(results)
+    sound = {name: own for name, own in groups.items() if metrics and name in metrics[0]["values"]}
+    concluded = ("held_out", "training", "tokens", *runs[0]["tasks"])
+    content = {
+        "r": results, "rows": _rows(results), "figures": draw(sound, metrics) if metrics else {},
+        "corrected": [metric for metric in metrics if metric["holm"] and metric["key"] in concluded],
+        # side by side: the first run of each setting that has the same prompts
+        "shown": [(name, own[0]) for name, own in groups.items() if own[0]["prompts"] == runs[0]["prompts"]],
+    }  # fmt: skip
     templates = jinja2.Environment(
-        loader=jinja2.FunctionLoader(
-            lambda name: importlib.resources.files(__package__).joinpath(name).read_text("utf-8")
-        ),
-        autoescape=lambda name: "html" in str(name), trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("neftune_hf.compare", ""), autoescape=lambda name: "html" in str(name),
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    content = {"r": results, "rows": _rows(results), "completions": _side_by_side(groups), "figures": {}}
-    if metrics := judged(results):
-        names = metrics[0]["values"]
-        content["figures"] = draw({name: own for name, own in groups.items() if name in names}, metrics)
+    templates.filters["text"] = text_of
     for name in ("report.html", "report.md"):
         page = templates.get_template(f"{name}.jinja").render(content)
         folder.joinpath(name).write_text(page, encoding="utf-8")
@@ -53,13 +54,11 @@ def _noise(setting: dict[str, Any]) -> list[str]:
     """The size of a setting's noise, and what went wrong in its runs."""
     lines, db, failed = [], setting["snr_db"], setting["failed"]
     if db is not None and math.isfinite(db):
-        meaning = "the noise exceeds the embeddings; try a lower alpha" if db < 0 else "the signal-to-noise ratio"
+        meaning = "the noise exceeds the embeddings; try a lower alpha" if db < 0 else "the signal-to-noise ratio in dB"
         lines.append(f"{setting['name']}: SNR {db:.1f} dB: {meaning}.")
     if setting["diverged"]:
         seeds = ", ".join(map(str, setting["diverged"]))
-        lines.append(
-            f"{setting['name']}: diverged with seed {seeds}: losses are not numbers. Its numbers are left out."
-        )
+        lines.append(f"{setting['name']}: diverged with seed {seeds}: losses are not numbers. It is not compared.")
     if failed:
         lines.append(f"{setting['name']}: {len(failed)} completions are missing, because they failed: {failed[0]}")
     return lines
@@ -68,24 +67,21 @@ def _noise(setting: dict[str, Any]) -> list[str]:
 def _verdict(name: str, results: dict[str, Any]) -> str:
     """One sentence on a setting: the differences found, or how large a difference would have been found."""
     base = results["settings"][0]["name"]
-    by_key = {metric["key"]: metric for metric in judged(results) if name in metric["differences"]}
-    if "held_out" not in by_key:
-        diverged = [setting["name"] for setting in results["settings"] if setting["diverged"]]
-        reason = f"{' and '.join(n for n in (base, name) if n in diverged)} diverged" if diverged else "too few losses"
-        return f"{name} against {base}: cannot tell, {reason}."
-    parts = [_on_loss(by_key["held_out"]["differences"][name])]
-    if not by_key["held_out"]["paired"][name]:
-        parts.append("measured on other records, so not in pairs")
-    if "training" in by_key and (training := by_key["training"]["differences"][name]).excludes_zero:
+    found = {metric["key"]: metric for metric in judged(results) if name in metric["differences"]}
+    if "held_out" not in found:
+        return f"{name} against {base}: cannot tell, without held-out losses of both."
+    parts = [_on_loss(found["held_out"]["differences"][name])]
+    if not found["held_out"]["paired"][name]:
+        parts.append("measured on different records, so not in pairs")
+    if "training" in found and (training := found["training"]["differences"][name]).excludes_zero:
         parts.append(f"training loss {_change(training, 'relative')}")
-    if "tokens" in by_key:
-        parts.append(_on_length(by_key["tokens"]["differences"][name]))
+    if "tokens" in found:
+        parts.append(_on_length(found["tokens"]["differences"][name]))
     elif results["limit_met"] >= 0.5:
         limit = f"limit of {results['arguments']['max_new_tokens']} tokens"
         parts.append(f"no verdict on completion length ({100 * results['limit_met']:.0f} % met the {limit})")
-    for metric in by_key.values():
-        if metric["key"] not in METRICS:
-            parts.append(f"{metric['title']} {_change(metric['differences'][name], metric['kind'])}")
+    tasks = [metric for key, metric in found.items() if key not in METRICS]
+    parts += [f"{task['title']} {_change(task['differences'][name], task['kind'])}" for task in tasks]
     return f"{name} against {base}: {'; '.join(parts)}."
 
 
@@ -105,38 +101,25 @@ def _on_length(length: Interval) -> str:
     return f"no difference in completion length found ({mid:.2f} times [{low:.2f}, {high:.2f}])"
 
 
-def _corrected(metric: dict[str, Any]) -> str:
-    settings = [
-        f"{name} {'differs' if p_value <= 0.05 else 'no difference found'} (p {p_value:.2g})"
-        for name, p_value in metric["holm"].items()
-    ]
-    return f"{metric['title']}: {', '.join(settings)}"
-
-
 def _change(difference: Interval, kind: str) -> str:
-    low, mid, high = difference.low, difference.estimate, difference.high
-    if kind == "relative":
-        return f"{mid:+.2f} % [{low:+.2f}, {high:+.2f}]"
-    if kind == "absolute":
-        return f"{mid:+.1f} points [{low:+.1f}, {high:+.1f}]"
-    return f"{mid:+.4g} [{low:+.4g}, {high:+.4g}]"
+    unit, style = {"relative": (" %", "+.2f"), "absolute": (" points", "+.1f")}.get(kind, ("", "+.4g"))
+    mid, low, high = (format(value, style) for value in difference[:3])
+    return f"{mid}{unit} [{low}, {high}]"
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
     """The table of the report: a title, each setting's mean, and each difference from the first setting."""
-    names = [setting["name"] for setting in results["settings"]]
-    rows = [["", *names, *(f"{name} \N{MINUS SIGN} {names[0]}" for name in names[1:])]]
-    ratios = [setting["snr_db"] for setting in results["settings"]]
-    ratios = ["none" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
-    rows.append(["signal-to-noise ratio, dB", *ratios, *[""] * (len(names) - 1)])
+    first, *others = names = [setting["name"] for setting in results["settings"]]
+    ratios = ["none" if setting["snr_db"] is None else f"{setting['snr_db']:.1f}" for setting in results["settings"]]
+    rows = [["", *names, *(f"{name} \N{MINUS SIGN} {first}" for name in others)]]
+    rows.append(["signal-to-noise ratio in dB", *ratios, *[""] * len(others)])
     for metric in results["metrics"]:
-        values = {name: f"{value.estimate:.4g}" for name, value in metric["values"].items()}
-        changes = {name: _change(found, metric["kind"]) for name, found in metric["differences"].items()}
-        cells = [*(values.get(name, "missing") for name in names), *(changes.get(name, "") for name in names[1:])]
+        means, found = metric["values"], metric["differences"]
+        cells = [f"{means[name].estimate:.4g}" if name in means else "missing" for name in names]
+        cells += [_change(found[name], metric["kind"]) if name in found else "" for name in others]
         rows.append([f"{metric['title']} ({metric['records']} records)", *cells])
-    gaps = {name: f"{gap.estimate:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]" for name, gap in results["gap"].items()}
-    cells = [gaps.get(name, "") for name in names[1:]]
-    return [*rows, ["held-out minus training loss, nats", *[""] * len(names), *cells]]
+    gaps = [_change(results["gap"][name], "plain") if name in results["gap"] else "" for name in others]
+    return [*rows, ["held-out minus training loss, nats", *[""] * len(names), *gaps]]
 
 
 def _without_folder(value: str) -> str:
@@ -148,35 +131,15 @@ def _write_completions(folder: Path, groups: dict[str, list[dict[str, Any]]]) ->
     """Each run's completions in the format of alpaca_eval, which pairs two files by their instructions."""
     for earlier in folder.glob("setting-*_seed-*.json"):
         earlier.unlink()
-    for number, (name, run) in ((n, (name, run)) for n, (name, own) in enumerate(groups.items()) for run in own):
-        outputs = [
-            {"instruction": text_of(prompt["prompt"]), "output": completion["text"], "generator": name}
-            for group, completions in run["completions"].items()
-            if group != "training"
-            for prompt, completion in zip(run["prompts"][group], completions, strict=True)
-            if "error" not in completion
-        ]
-        if outputs:
-            folder.mkdir(exist_ok=True)
-            file = folder / f"setting-{number}_seed-{run['seed']}.json"
-            file.write_text(json.dumps(outputs, ensure_ascii=False, indent=1), encoding="utf-8")
-
-
-def _side_by_side(groups: dict[str, list[dict[str, Any]]], count: int = 8) -> list[dict[str, Any]]:
-    """The first prompts with their completions from all settings that have the same, for the first seed."""
-    base, *others = ((name, own[0]) for name, own in groups.items())
-    shown = [base, *(other for other in others if other[1]["prompts"] == base[1]["prompts"])]
-    return [
-        {
-            "prompt": text_of(prompt["prompt"]),
-            "reference": prompt["reference"] and text_of(prompt["reference"]),
-            "completions": [(name, _shown(run["completions"][group][i])) for name, run in shown],
-        }
-        for group in base[1]["completions"]
-        if group != "training"
-        for i, prompt in enumerate(base[1]["prompts"][group][:count])
-    ]
-
-
-def _shown(completion: dict[str, Any]) -> str:
-    return f"(missing: {completion['error']})" if "error" in completion else completion["text"] or "(empty)"
+    for number, (name, own) in enumerate(groups.items()):
+        for run in own:
+            rows = [
+                {"instruction": text_of(prompt["prompt"]), "output": completion["text"], "generator": name}
+                for group, completions in run["completions"].items()
+                for prompt, completion in zip(run["prompts"][group], completions, strict=True)
+                if group != "training" and "error" not in completion
+            ]
+            if rows:
+                folder.mkdir(exist_ok=True)
+                file = folder / f"setting-{number}_seed-{run['seed']}.json"
+                file.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -27,7 +27,7 @@ METRICS = {
 }
 
 Runs = dict[str, list[dict[str, Any]]]
-Tables = dict[str, np.ndarray]
+Table = tuple[np.ndarray, str]  # values of shape (seeds, records), and which records these are
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -37,27 +37,19 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     where another run has one. A completion that failed is left out with those of its prompt from the other runs.
     """
     groups, first = by_setting(runs), runs[0]
-    base, *others = groups
-    results = {
-        "neftune_hf": __version__,
-        "settings": [_described(name, own, _diverged(own, runs)) for name, own in groups.items()],
-        "seeds": list(dict.fromkeys(run["seed"] for run in runs)),
-        "plan": _plan(runs),
-        **{name: first[name] for name in ("steps", "epochs", "train_records", "mean_length")},
-        "arguments": first["identity"]["arguments"],
-        "metrics": [],
-        "gap": {},
-    }
-    sound = {setting["name"]: groups[setting["name"]] for setting in results["settings"] if not setting["diverged"]}
-    tables = {name: _tables(own) for name, own in sound.items()}
-    if base in sound:
-        tasks = {name: (name, "plain") for name in first["tasks"]}
-        compared = [_compared(key, *words, sound, tables) for key, words in (METRICS | tasks).items()]
-        results["metrics"] = [metric for metric in compared if metric]
-        results["gap"] = {name: _gap(sound, tables, base, name) for name in others if name in sound}
-    ended = [np.nanmean(table["ended"]) for table in tables.values() if "ended" in table]
-    results["limit_met"] = 1 - min(map(float, ended), default=1.0)
-    return results
+    settings = [_described(name, own, runs) for name, own in groups.items()]
+    sound = {setting["name"]: groups[setting["name"]] for setting in settings if not setting["diverged"]}
+    tables = _tables(sound)
+    words = METRICS | {task: (task, "plain") for task in first["tasks"]}
+    base = next(iter(groups))
+    metrics = [_compared(key, *words[key], table) for key, table in tables.items() if base in table and len(table) > 1]
+    ended = [float(table.mean()) for table, _ in tables.get("ended", {}).values()]
+    return {
+        "neftune_hf": __version__, "settings": settings, "seeds": list(dict.fromkeys(run["seed"] for run in runs)),
+        "plan": _plan(runs), **{name: first[name] for name in ("steps", "epochs", "train_records", "mean_length")},
+        "arguments": first["identity"]["arguments"], "metrics": metrics, "gap": _gap(*groups, tables=tables),
+        "limit_met": 1 - min(ended, default=1.0),
+    }  # fmt: skip
 
 
 def by_setting(runs: list[dict[str, Any]]) -> Runs:
@@ -74,65 +66,64 @@ def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [metric for metric in results["metrics"] if metric["key"] != "tokens" or results["limit_met"] < 0.5]
 
 
-def correct(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Add Holm's correction for the number of settings to the metrics of the verdicts; returns those metrics."""
-    metrics = [m for m in judged(results) if m["key"] in ("held_out", "training", "tokens") or m["key"] not in METRICS]
-    for metric in metrics:
-        differences = metric["differences"]
-        _, corrected, *_ = multipletests([found.p_value for found in differences.values()], method="holm")
-        metric["holm"] = dict(zip(differences, map(float, corrected), strict=True))
-    return metrics
+def text_of(prompt: str | list[dict[str, str]]) -> str:
+    """The text of a prompt or completion; of messages, the last one."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _described(name: str, runs: list[dict[str, Any]], diverged: list[int]) -> dict[str, Any]:
-    errors = [row["error"] for run in runs for rows in run["completions"].values() for row in rows if "error" in row]
-    ratio = runs[0]["snr_db"]
-    return {"name": name, "setting": runs[0]["setting"], "snr_db": ratio, "diverged": diverged, "failed": errors}
+def _described(name: str, own: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A setting, with the seeds of its runs that diverged, and the errors of completions that failed."""
+    diverged = [run["seed"] for run in own if any(_is_diverged(run, key, runs) for key in run["losses"])]
+    errors = [row["error"] for run in own for rows in run["completions"].values() for row in rows if "error" in row]
+    ratio = own[0]["snr_db"]
+    return {"name": name, "setting": own[0]["setting"], "snr_db": ratio, "diverged": diverged, "failed": errors}
+
+
+def _is_diverged(run: dict[str, Any], key: str, runs: list[dict[str, Any]]) -> bool:
+    same = [other["losses"][key] for other in runs if other["records"][key] == run["records"][key]]
+    has_loss, is_finite = np.isfinite(same).any(axis=0), np.isfinite(run["losses"][key])
+    return bool((has_loss & ~is_finite).any() or not is_finite.any())
 
 
 def _plan(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What was planned when the first of these runs was trained, and how the runs differ from that."""
-    plan, changes = min((run["plan"] for run in runs), key=lambda plan: plan["date"]), []
-    for what, reported in {
-        "settings": dict.fromkeys(setting_name(run["setting"]) for run in runs),
-        "seeds": dict.fromkeys(run["seed"] for run in runs),
-    }.items():
-        for said, some in {
-            "added later": [value for value in reported if value not in plan[what]],
-            "planned, but not in this report": [value for value in plan[what] if value not in reported],
-        }.items():
-            if some:
-                changes.append(f"{what} {said}: {', '.join(map(str, some))}")
-    return plan | {"date": plan["date"][:10], "changes": changes}
+    plan, changes = min((run["plan"] for run in runs), key=lambda plan: plan["date"]), {}
+    names = {"settings": [setting_name(run["setting"]) for run in runs], "seeds": [run["seed"] for run in runs]}
+    for what, found in names.items():
+        changes[f"{what} added later"] = [each for each in dict.fromkeys(found) if each not in plan[what]]
+        changes[f"{what} planned, but not in this report"] = [each for each in plan[what] if each not in found]
+    said = [f"{change}: {', '.join(map(str, some))}" for change, some in changes.items() if some]
+    return plan | {"date": plan["date"][:10], "changes": said}
+
+
+def _tables(groups: Runs) -> dict[str, dict[str, Table]]:
+    """Each metric of each setting whose runs all have it, over the records for which all settings have a value."""
+    tables: dict[str, dict[str, Table]] = defaultdict(dict)
+    for name, own in groups.items():
+        values = [run["losses"] | _text_values(run) | run["tasks"] for run in own]
+        for key in [*METRICS, *own[0]["tasks"]]:
+            if all(key in each for each in values):
+                tables[key][name] = (
+                    np.array([each[key] for each in values], dtype=np.float64),
+                    _measured_on(own[0], key),
+                )
+    for key, settings in tables.items():
+        for records in {records for _, records in settings.values()}:
+            same = {name: table for name, (table, of) in settings.items() if of == records}
+            kept = np.isfinite(list(same.values())).all(axis=(0, 1))
+            settings |= {name: (table[:, kept], records) for name, table in same.items()}
+        for name, (table, _) in list(settings.items()):
+            if table.shape[1] < 2 or (METRICS.get(key, key)[1] == "relative" and table.mean() <= 0):
+                del settings[name]
+    return tables
 
 
 def _measured_on(run: dict[str, Any], key: str) -> str:
-    """Which records a metric is over: two runs are paired, record by record, if they have the same."""
+    """Which records a metric is over: runs are paired, record by record, if they have the same."""
     if key in run["losses"]:
         return run["records"][key]
     groups = [name for name in run["prompts"] if (name == "training") == key.endswith(" training")]
     return key if key in run["tasks"] else fingerprint(run["prompts"][name] for name in groups)
-
-
-def _diverged(own: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[int]:
-    """The seeds of a setting's runs that diverged."""
-    seeds = []
-    for run in own:
-        for key, losses in run["losses"].items():
-            same = [other["losses"][key] for other in runs if _measured_on(other, key) == _measured_on(run, key)]
-            has_loss, is_finite = np.isfinite(same).any(axis=0), np.isfinite(losses)
-            if not is_finite.any() or (has_loss & ~is_finite).any():
-                seeds.append(run["seed"])
-    return list(dict.fromkeys(seeds))
-
-
-def _tables(runs: list[dict[str, Any]]) -> Tables:
-    """The metrics that all runs of a setting have, each of shape (seeds, records)."""
-    metrics: dict[str, list[list[float]]] = {}
-    for run in runs:
-        for key, values in (run["losses"] | _text_values(run) | run["tasks"]).items():
-            metrics.setdefault(key, []).append(values)
-    return {key: np.array(table, dtype=np.float64) for key, table in metrics.items() if len(table) == len(runs)}
 
 
 def _text_values(run: dict[str, Any]) -> dict[str, list[float]]:
@@ -155,60 +146,39 @@ def _text_values(run: dict[str, Any]) -> dict[str, list[float]]:
     return values
 
 
-def text_of(prompt: str | list[dict[str, str]]) -> str:
-    """The text of a prompt or completion; of messages, the last one."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
-
-
-def _counted(key: str, groups: Runs, tables: dict[str, Tables]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A metric of each setting over the records for which all runs have a value, and what its records are."""
-    records = {name: _measured_on(own[0], key) for name, own in groups.items() if key in tables[name]}
-    kept: dict[str, Any] = {}
-    for name, same in records.items():
-        kept[same] = kept.get(same, True) & np.isfinite(tables[name][key]).all(axis=0)
-    return {name: tables[name][key][:, kept[same]] for name, same in records.items()}, records
-
-
-def _compared(key: str, title: str, kind: str, groups: Runs, tables: dict[str, Tables]) -> dict[str, Any] | None:
-    """One metric of all settings that have it; None if there is nothing to compare."""
-    values, records = _counted(key, groups, tables)
-    values = {
-        name: table
-        for name, table in values.items()
-        if table.shape[1] >= 2 and not (kind == "relative" and table.mean() <= 0)
-    }
-    base = next(iter(groups))
-    if base not in values or len(values) < 2:
-        return None
-    if kind == "plain" and all(((table >= 0) & (table <= 1)).all() for table in values.values()):
+def _compared(key: str, title: str, kind: str, tables: dict[str, Table]) -> dict[str, Any]:
+    """One metric: each setting's mean, the differences from the first, and with several, Holm's correction."""
+    if kind == "plain" and all(((table >= 0) & (table <= 1)).all() for table, _ in tables.values()):
         kind = "absolute"
-    paired = {name: records[name] == records[base] for name in values if name != base}
+    (_, baseline), *others = tables.items()
+    differences = {name: _difference(table, baseline, kind) for name, table in others}
+    holm = multipletests([found.p_value for found in differences.values()], method="holm")[1] if len(others) > 1 else []
     return {
-        "key": key, "title": title, "kind": kind, "records": values[base].shape[1], "paired": paired,
-        "values": {name: mean_interval(table) for name, table in values.items()},
-        "differences": {name: _difference(values[name], values[base], kind, paired[name]) for name in paired},
+        "key": key, "title": title, "kind": kind, "records": baseline[0].shape[1], "differences": differences,
+        "values": {name: mean_interval(table) for name, (table, _) in tables.items()},
+        "paired": {name: records == baseline[1] for name, (_, records) in others},
+        "holm": dict(zip(differences, map(float, holm), strict=False)),
     }  # fmt: skip
 
 
-def _minus(values: np.ndarray, baseline: np.ndarray, is_paired: bool) -> list[np.ndarray]:
-    """The samples whose means sum up to the difference."""
-    return [values - baseline] if is_paired else [values, -baseline]
+def _minus(one: Table, other: Table) -> list[np.ndarray]:
+    """Samples whose means sum up to the difference: one, if the records are the same."""
+    return [one[0] - other[0]] if one[1] == other[1] else [one[0], -other[0]]
 
 
-def _difference(values: np.ndarray, baseline: np.ndarray, kind: str, is_paired: bool) -> Interval:
-    if kind != "relative":
-        scale = 100 if kind == "absolute" else 1
-        return mean_interval(*_minus(scale * values, scale * baseline, is_paired))
-    found = mean_interval(*_minus(linearised_log(values), linearised_log(baseline), is_paired))
-    estimate, low, high = (100 * math.expm1(value) for value in found[:3])
-    return Interval(estimate, low, high, found.p_value)
+def _difference(one: Table, other: Table, kind: str) -> Interval:
+    if kind == "relative":
+        logs = [(linearised_log(table), records) for table, records in (one, other)]
+        estimate, low, high, p_value = mean_interval(*_minus(*logs))
+        return Interval(*(100 * math.expm1(value) for value in (estimate, low, high)), p_value)
+    scale = 100 if kind == "absolute" else 1
+    return mean_interval(*(scale * table for table in _minus(one, other)))
 
 
-def _gap(groups: Runs, tables: dict[str, Tables], base: str, name: str) -> Interval:
-    """The change in (held-out minus training loss)."""
-    pair = {base: groups[base], name: groups[name]}
-    (held, held_records), (training, records) = (_counted(key, pair, tables) for key in ("held_out", "training"))
-    return mean_interval(
-        *_minus(held[name], held[base], held_records[name] == held_records[base]),
-        *_minus(training[base], training[name], records[name] == records[base]),
-    )
+def _gap(base: str, *others: str, tables: dict[str, dict[str, Table]]) -> dict[str, Interval]:
+    """The changes in (held-out minus training loss)."""
+    held, training = (tables.get(key, {}) for key in ("held_out", "training"))
+    both = [name for name in others if {base, name} <= held.keys() & training.keys()]
+    return {
+        name: mean_interval(*_minus(held[name], held[base]), *_minus(training[base], training[name])) for name in both
+    }

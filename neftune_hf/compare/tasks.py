@@ -17,14 +17,11 @@ from .runs import fingerprint
 
 
 @functools.cache
-def load_tasks(names: str) -> tuple[Any, dict[str, Any]]:
-    """Load tasks with their data.
+def load_tasks(names: str) -> tuple[Any, list[Any]]:
+    """Load tasks with their data; returns the harness's manager of tasks, and the tasks.
 
     Args:
         names (`str`): As in `lm_eval --tasks`: names or YAML files, separated by commas.
-
-    Returns:
-        `tuple`: The harness's manager of tasks, and the tasks by name.
 
     Raises:
         NEFTuneConfigError: A task is unknown, cannot be loaded, runs generated code, or needs images.
@@ -33,18 +30,18 @@ def load_tasks(names: str) -> tuple[Any, dict[str, Any]]:
     config = EvaluatorConfig(tasks=names.split(","))
     try:
         manager = config.process_tasks()
-        tasks = manager.load(config.tasks)["tasks"]
+        tasks = list(manager.load(config.tasks)["tasks"].values())
     except Exception as error:  # of the harness, datasets, the hub, or a task's own code
         raise NEFTuneConfigError(f"`--tasks` {names} cannot be loaded: {first_line(error)}") from error
-    for name, task in tasks.items():
+    for task in tasks:
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise NEFTuneConfigError(f"`--tasks`: {name} runs generated code or needs images. Leave it out.")
+            raise NEFTuneConfigError(f"`--tasks`: {task.task_name} runs generated code or needs images. Leave it out.")
     return manager, tasks
 
 
 def contents(names: str) -> str:
     """A hash of the tasks' settings and documents, and of the harness's version."""
-    rows = (row for task in load_tasks(names)[1].values() for row in ([task.dump_config()], *task.eval_docs))
+    rows = (row for task in load_tasks(names)[1] for row in (task.dump_config(), *task.eval_docs))
     return fingerprint([lm_eval.__version__, *rows])
 
 
@@ -60,21 +57,12 @@ def evaluate(model: Any, names: str, limit: int | None, tokenizer: Any, batch_si
         batch_size (`int`): Documents per forward pass.
     """
     manager, tasks = load_tasks(names)
+    network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    options: Any = {"bootstrap_iters": 0, "apply_chat_template": bool(tokenizer.chat_template)}
     with contextlib.redirect_stderr(io.StringIO()):  # the harness's own progress bars
-        results = lm_eval.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(tasks.values()),
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=0,
-            apply_chat_template=bool(tokenizer.chat_template),
-        )
-    return _document_metrics(results["samples"]) if results else {}  # on each node, one process has results
-
-
-def _document_metrics(samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+        found = lm_eval.simple_evaluate(network, tasks=tasks, limit=limit, task_manager=manager, **options)
     values: dict[str, list[float]] = {}
-    for task, documents in samples.items():
+    for task, documents in (found["samples"] if found else {}).items():  # on each node, one process has results
         for document in sorted(documents, key=lambda document: document["doc_id"]):
             of_filter = "" if document["filter"] == "none" else f", {document['filter']}"
             for metric in document["metrics"]:
