@@ -1,6 +1,7 @@
 """Reads instruction sets, and converts their records to TRL's prompt and completion."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ _RENAMES = {
 }  # fmt: skip
 _ROLES = {"human": "user", "gpt": "assistant"}
 _FOR_TEMPLATE = {"tools", "chat_template_kwargs"}  # TRL passes them to the chat template
+# `datasets` caches what a function made of the records, and does not notice when a function that it calls has changed
+_VERSION = {"version": __version__}
 
 
 def load_instructions(
@@ -58,7 +61,7 @@ def load_instructions(
         files = {"data_files": name}
     try:
         return datasets.load_dataset(_READERS.get(path.suffix, name), name=config, streaming=streaming, **files)
-    except DatasetsError as error:
+    except (DatasetsError, ValueError, StopIteration) as error:  # StopIteration: an empty file
         raise DatasetError(f"{name} cannot be read: {first_line(error.__cause__ or error)}") from error
 
 
@@ -101,20 +104,19 @@ def to_prompt_completion(
         return {key: [row[key] for row in rows] for key in ("prompt", "completion", *carried)}
 
     if text_field in columns and not (text_field == "text" and is_known):
-        return _without_empty(data.select_columns([text_field]), name)
+        return _keep(data.select_columns([text_field]), name, lambda record, version: not is_empty(record[text_field]))
     if not is_known:
         raise DatasetError(
             f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name them "
             "`instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
             "`completion`, or `text`."
         )
-    # `datasets` caches what `map` returns, and does not notice when a function that `convert` calls has changed
-    version = {"version": __version__}
-    return _without_empty(data.map(convert, batched=True, remove_columns=sorted(columns), fn_kwargs=version), name)
+    data = _keep(data, name, lambda record, version: bool(pairs(record, is_chat)))
+    return data.map(convert, batched=True, remove_columns=sorted(columns), fn_kwargs=_VERSION)
 
 
 def pairs(record: dict[str, Any], is_chat: bool) -> list[tuple[Part, Part]]:
-    """A record's prompts, each with its completion: messages for a chat template, else text.
+    """A record's prompts, each with its completion, but empty ones: messages for a chat template, else text.
 
     Example:
 
@@ -124,31 +126,12 @@ def pairs(record: dict[str, Any], is_chat: bool) -> list[tuple[Part, Part]]:
     [([{'role': 'user', 'content': 'Say one.'}], [{'role': 'assistant', 'content': 'One.'}])]
     ```
     """
-    known = {new: record[old] for old, new in _RENAMES.items() if record.get(old) is not None}
-    known |= {key: value for key, value in record.items() if value is not None}
-    input, system = "", _messages([{"role": "system", "content": known["system"]}] if known.get("system") else [])
-    if "output" in known and known.keys() & {"instruction", "input"}:
-        instruction, input = (_text(known.get(key, "")) for key in ("instruction", "input"))
-        if not instruction.strip():
-            instruction, input = input, ""
-        user = f"{instruction}\n\n{input}" if input.strip() and is_chat else instruction
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": _text(known["output"])}]
-        found = _split([*system, *turns])
-    elif {"prompt", "completion"} <= known.keys():
-        if not isinstance(known["prompt"], list):
-            return [(_text(known["prompt"]), _text(known["completion"]))]
-        found = [(_messages(known["prompt"]), _messages(known["completion"]))]
-    else:
-        turns = _messages(known.get("messages", []))
-        found = _split(turns if turns and turns[0]["role"] == "system" else [*system, *turns])
-    if is_chat:
-        return found
-    return [(plain_prompt(prompt, input), "".join(map(_content, completion))) for prompt, completion in found]
+    return [(prompt, end) for prompt, end in _pairs(record, is_chat) if not is_empty(prompt) and not is_empty(end)]
 
 
 def prompt_of(record: dict[str, Any], is_chat: bool) -> Part:
-    """A record's first prompt, whether or not it has a completion."""
-    return pairs({"output": "", "completion": ""} | record, is_chat)[0][0]
+    """A record's first prompt, whether or not it has a completion; empty if there is none."""
+    return next((prompt for prompt, _ in _pairs(record | {"output": "", "completion": ""}, is_chat)), "")
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -188,17 +171,38 @@ def is_empty(part: Part | None) -> bool:
     return not any(full) or any(message["role"] == "user" and not has for message, has in zip(part, full, strict=True))
 
 
-def _without_empty(data: datasets.Dataset, name: str) -> datasets.Dataset:
-    def is_usable(record: dict[str, Any], version: str) -> bool:
-        return not any(is_empty(value) for key, value in record.items() if key not in _FOR_TEMPLATE)
-
-    usable = data.filter(is_usable, fn_kwargs={"version": __version__})
+def _keep(data: datasets.Dataset, name: str, is_usable: Callable[..., bool]) -> datasets.Dataset:
+    usable = data.filter(is_usable, fn_kwargs=_VERSION)
     if isinstance(data, datasets.Dataset):
         if dropped := len(data) - len(usable):
             logger.warning("%s: %d of %d records have no prompt or completion: dropped", name, dropped, len(data))
         if not len(usable):
             raise DatasetError(f"{name} has no record with a prompt and a completion.")
     return usable
+
+
+def _pairs(record: dict[str, Any], is_chat: bool) -> list[tuple[Part, Part]]:
+    known = {new: record[old] for old, new in _RENAMES.items() if record.get(old) is not None}
+    known |= {key: value for key, value in record.items() if value is not None}
+    instruction, input, output, system = (
+        _text(known.get(key, "")) for key in ("instruction", "input", "output", "system")
+    )
+    before = [{"role": "system", "content": system}] if system.strip() else []
+    if "output" in known and known.keys() & {"instruction", "input"}:
+        if not instruction.strip():
+            instruction, input = input, ""
+        user = f"{instruction}\n\n{input}" if input.strip() and is_chat else instruction
+        found = [([*before, {"role": "user", "content": user}], [{"role": "assistant", "content": output}])]
+    elif {"prompt", "completion"} <= known.keys():
+        if not isinstance(known["prompt"], list):
+            return [(_text(known["prompt"]), _text(known["completion"]))]
+        found, input = [(_messages(known["prompt"]), _messages(known["completion"]))], ""
+    else:
+        turns, input = _messages(known.get("messages", [])), ""
+        found = _split(turns if turns and turns[0]["role"] == "system" else [*before, *turns])
+    if is_chat:
+        return [*found]
+    return [(plain_prompt(prompt, input), "".join(map(_content, completion))) for prompt, completion in found]
 
 
 def _text(value: Any) -> str:
@@ -211,19 +215,19 @@ def _messages(turns: Any) -> Messages:
     """Turns as `role` and `content`."""
     messages = []
     for turn in turns:
-        if not isinstance(turn, dict) or not turn.keys() & {"from", "role"}:
+        turn = {"role": "user"} if turn is None else turn
+        known = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
+        if not known.keys() & {"from", "role"}:
             raise DatasetError(f"A turn needs `role` and `content`, or `from` and `value`; found {turn!r:.80}")
-        known = {key: value for key, value in turn.items() if value is not None}
         (message,) = maybe_convert_to_chatml({"messages": [{"content": ""} | known]})["messages"]
         messages.append(message | {"role": _ROLES.get(message["role"], message["role"])})
     return messages
 
 
 def _split(messages: Messages) -> list[tuple[Messages, Messages]]:
-    """Each assistant turn with everything before it; a conversation without one has an empty completion."""
+    """Each assistant turn with everything before it; without one, all of the conversation and no completion."""
     ends = [end for end, message in enumerate(messages) if message["role"] == "assistant" and end]
-    nothing = [{"role": "assistant", "content": ""}]
-    return [(messages[:end], [messages[end]]) for end in ends] or [(messages or nothing, nothing)]
+    return [(messages[:end], [messages[end]]) for end in ends] or [(messages, [])]
 
 
 def _content(message: dict[str, Any]) -> str:

@@ -27,12 +27,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="a new JSON file")
     parser.add_argument("--batch_size", type=int, default=8, help="default: %(default)s")
     # generate_kwargs in experiment_code/eval_generate.py of neelsjain/NEFTune at 09d4909
-    parser.add_argument(
-        "--max_new_tokens",
-        type=int,
-        default=1024,
-        help="tokens of a completion (default: %(default)s); the authors' max_length=1024 counts the prompt as well",
-    )
+    text = "tokens of a completion (default: %(default)s); the authors' max_length=1024 counts the prompt as well"
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help=text)
     parser.add_argument("--repetition_penalty", type=float, default=1.2, help="default: %(default)s, the authors'")
     options = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "repetition_penalty"):
@@ -44,17 +40,18 @@ def run(argv: Sequence[str]) -> None:
     records = read_records(options.prompts)
     model, tokenizer = load(options.model)
     prompts = prompts_of(records, tokenizer, options.prompts)
+    decoding = {"max_new_tokens": options.max_new_tokens, "repetition_penalty": options.repetition_penalty}
     check_context(model.config, tokenizer, prompts, options.max_new_tokens)
 
     from tqdm import tqdm
 
     for start in tqdm(range(0, len(records), options.batch_size)):
         batch = slice(start, start + options.batch_size)
-        texts = complete(model, tokenizer, prompts[batch], options.max_new_tokens, options.repetition_penalty)
+        texts = complete(model, tokenizer, prompts[batch], **decoding)
         for record, text in zip(records[batch], texts, strict=True):
             record |= {"output": text, "generator": options.model}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    part = options.output.with_suffix(".part")  # a file of this name is whole
+    part = options.output.with_name(options.output.name + ".part")  # a file of this name is whole
     part.write_text(json.dumps(records, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
     part.replace(options.output)
     print(f"{len(records)} completions in {options.output}")
@@ -132,26 +129,20 @@ def check_context(
         )
 
 
-def complete(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: "list[Part]",
-    max_new_tokens: int,
-    repetition_penalty: float = 1.2,
-) -> list[str]:
-    """The model's greedy completions of a batch of prompts, given as messages or as plain text."""
-    tokens = complete_tokens(model, tokenizer, prompts, max_new_tokens, repetition_penalty)
+def complete(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: "list[Part]", **decoding: Any) -> list[str]:
+    """The texts of [`complete_tokens`]."""
+    tokens = complete_tokens(model, tokenizer, prompts, **decoding)
     return [str(tokenizer.decode(completion, skip_special_tokens=True)).strip() for completion in tokens]
 
 
 def complete_tokens(
-    model: "PreTrainedModel",
+    model: Any,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: "list[Part]",
     max_new_tokens: int,
     repetition_penalty: float = 1.2,
 ) -> list[list[int]]:
-    """Like [`complete`], but returns token ids, including the end-of-sequence token if there is one."""
+    """The model's greedy completions of a batch of prompts, each with its end-of-sequence token if there is one."""
     import torch
     from transformers import GenerationConfig
 
@@ -167,8 +158,7 @@ def complete_tokens(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        # transformers' type hints define `generate` on the model classes, not on their base class
-        tokens = model.generate(**inputs, generation_config=generation)  # type: ignore[operator]
+        tokens = model.generate(**inputs, generation_config=generation)
     model.train(was_training)
     completions = tokens[:, inputs["input_ids"].shape[1] :].tolist()
     return [ids[: next((i for i, id in enumerate(ids, 1) if id in ends), None)] for ids in completions]

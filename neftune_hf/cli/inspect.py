@@ -72,7 +72,8 @@ def _lengths(model: str, data: str, max_length: int) -> "np.ndarray":
     for record in sample:
         whole: Any = record["text"] if "text" in record else record["prompt"] + record["completion"]
         if is_conversational(record):
-            tokens = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]
+            text: Any = tokenizer.apply_chat_template(whole, tokenize=False)
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:  # TRL appends the end of sequence
             tokens = [*tokenizer(whole)["input_ids"], tokenizer.eos_token_id]
         lengths.append(min(len(tokens), max_length))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import NEFTuneConfigError, first_line
 from . import training
@@ -17,7 +17,7 @@ _SAMPLE_TOKENS = 96
 def run(argv: Sequence[str]) -> None:
     """Fine-tune with TRL and NEFTune, save the model, and print a summary."""
     arguments = training.parse(argv)
-    args, name = arguments.training, arguments.script.dataset_name
+    args, name = arguments.training, arguments.script.dataset_name or ""
     checkpoint = checkpoint_to_continue(args)
     tokenizer = training.load_tokenizer(arguments)
     records = training.load_records(arguments, tokenizer)
@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     after = _sample(trainer, example)
     if trainer.is_world_process_zero():
         print(summary(trainer))
-        if before and after:
+        if before is not None:
             prompt = example["prompt"] if isinstance(example["prompt"], str) else example["prompt"][-1]["content"]
             print(f"\n  prompt: {prompt}\n\n  completion before: {before}\n\n  completion after:  {after}")
     trainer.accelerator.end_training()
@@ -48,11 +48,11 @@ def checkpoint_to_continue(args: "NEFTuneSFTConfig") -> str | None:
     Raises:
         NEFTuneConfigError: There is no such checkpoint, or `output_dir` has the model of another run.
     """
-    folder, given = Path(args.output_dir), args.resume_from_checkpoint
+    folder, given = Path(str(args.output_dir)), str(args.resume_from_checkpoint)
     whole = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1]))
-    if str(given).lower() in ("none", "false"):
+    if given.lower() in ("none", "false"):
         checkpoint = None
-    elif str(given).lower() == "true":  # a word on the command line, a boolean in YAML
+    elif given.lower() == "true":  # a word on the command line, a boolean in YAML
         checkpoint = whole[-1].parent if whole else None
     elif not (Path(given) / "trainer_state.json").is_file():
         raise NEFTuneConfigError(
@@ -72,8 +72,9 @@ def checkpoint_to_continue(args: "NEFTuneSFTConfig") -> str | None:
 
 def summary(trainer: "NEFTuneSFTTrainer") -> str:
     """The run in a few lines: embeddings, noise, parameters, losses, and where the result is saved."""
-    args, run, model = trainer.args, trainer.neftune_callback.run, trainer.model
-    trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or all) for all in (False, True))
+    args, run, model = trainer.args, trainer.neftune_callback.run, cast(Any, trainer.model)
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = ["", "NEFTune summary"]
     for path, embedding in run.embeddings.items():
         lines.append(f"  embedding      {embedding}, noised in {run.noised_steps[path]:,} steps")
@@ -97,9 +98,10 @@ def _sample(trainer: "NEFTuneSFTTrainer", example: dict[str, Any]) -> str | None
     """The model's completion of the example's prompt, if it has one and the model is whole in each process."""
     if "prompt" not in example or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
-    model, tokenizer, prompts = trainer.model, trainer.processing_class, [example["prompt"]]
+    model, tokenizer = cast(Any, trainer.model), cast(Any, trainer.processing_class)
+    prompts = [example["prompt"]]
     try:
         check_context(model.config, tokenizer, prompts, _SAMPLE_TOKENS)
-        return complete(model, tokenizer, prompts, _SAMPLE_TOKENS)[0]
+        return complete(model, tokenizer, prompts, max_new_tokens=_SAMPLE_TOKENS)[0]
     except Exception as error:  # it is an illustration, and stops no training
         return f"(none: {first_line(error)})"

@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         NEFTuneConfigError: TRL or transformers refuse a setting, or the model or data set is missing.
     """
     parser = TrlParser(
-        (ScriptArguments, NEFTuneSFTConfig, ModelConfig, DatasetMixtureConfig),
+        (ScriptArguments, NEFTuneSFTConfig, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
         prog="neftune-hf sft",
         usage="%(prog)s --config FILE [--OPTION VALUE ...]",
         description="Fine-tune with TRL and NEFTune. `--config FILE` is a YAML file with any of the options, which the "
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def load_tokenizer(arguments: Arguments) -> "PreTrainedTokenizerBase":
     """The tokenizer of a run's model."""
-    model, name = arguments.model, arguments.model.model_name_or_path
+    model, name = arguments.model, str(arguments.model.model_name_or_path)
     with model_errors("model_name_or_path", name):
         return AutoTokenizer.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=arguments.training.trust_remote_code
@@ -88,7 +88,7 @@ def load_records(arguments: Arguments, tokenizer: "PreTrainedTokenizerBase") -> 
     wanted = {"train": script.dataset_train_split}
     if training.eval_strategy != "no":
         wanted["test"] = script.dataset_test_split
-    name = ", ".join(str(part.data_files or part.path) for part in mixture.datasets) or script.dataset_name
+    name = ", ".join(str(part.data_files or part.path) for part in mixture.datasets) or str(script.dataset_name)
     with training.main_process_first():
         if mixture.datasets:
             set_seed(0)  # get_dataset splits off `test_split_size` at random: the same records in every process and run
@@ -112,12 +112,13 @@ def make_trainer(
 ) -> NEFTuneSFTTrainer:
     """A run's Trainer, as TRL's SFT script makes it, with the initial weights of an adapter from `seed`."""
     _, training, model, _ = arguments
+    given: Any = training.model_init_kwargs or {}
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-    } | (training.model_init_kwargs or {})
+    } | given
     set_seed(training.seed)
     return NEFTuneSFTTrainer(
         model.model_name_or_path,
