@@ -55,13 +55,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     try:
         arguments = Arguments(*parser.parse_args_and_config(recipes.with_files(argv)))
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        if "support bf16" in str(error):
-            message = (
-                "`bf16` is true, which is TRL's default, but this machine has no GPU with bfloat16. Set `bf16: false`."
-            )
-        else:
-            message = " ".join(str(error).split())
-        raise NEFTuneConfigError(message) from error
+        raise NEFTuneConfigError(str(error)) from error
     if not arguments.model.model_name_or_path or not (arguments.script.dataset_name or arguments.dataset.datasets):
         raise NEFTuneConfigError(
             "`model_name_or_path` and `dataset_name` (or `datasets`) are required, in --config FILE or as options."

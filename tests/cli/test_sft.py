@@ -221,7 +221,7 @@ def test_without_noise_the_summary_says_so(config, capsys):
         ({"dataset_name": "no/where"}, [], ["no/where"]),
         ({"datasets": [{"path": "json", "file": "x"}]}, [], ["unexpected keyword argument 'file'"]),
         ({"eval_strategy": "steps"}, [], ["has the splits train, not test", "`dataset_test_split`"]),
-        ({"bf16": None, "use_cpu": False}, [], ["`bf16` is true, which is TRL's default", "Set `bf16: false`"]),
+        ({"bf16": None, "use_cpu": False}, [], ["`bf16` is True, TRL's default", "Set `bf16=False`"]),
         (
             {"model_name_or_path": "no/where"},
             [],
