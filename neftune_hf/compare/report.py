@@ -60,7 +60,7 @@ def _noise(setting: dict[str, Any]) -> list[str]:
         seeds = ", ".join(map(str, setting["diverged"]))
         lines.append(f"{setting['name']}: diverged with seed {seeds}: losses are not numbers. It is not compared.")
     if failed:
-        lines.append(f"{setting['name']}: {len(failed)} completions are missing, because they failed: {failed[0]}")
+        lines.append(f"{setting['name']}: completions missing, because they failed: {len(failed)} ({failed[0]})")
     return lines
 
 
