@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,15 +57,10 @@ def run(argv: Sequence[str]) -> None:
 
         task = ray_task(options.cpus_per_run, options.gpus_per_run)
         folder, identities = result_of(task(job.check, runs))
-        results = sweep(
-            folder,
-            runs,
-            identities,
-            lambda todo: train_on_ray(task, job.train, {i: (runs[i], identities[i]) for i in todo}),
-        )
+        results = sweep(folder, runs, identities, partial(train_on_ray, task, job.train))
     else:
         folder, identities = job.check(runs)
-        results = sweep(folder, runs, identities, lambda todo: ((i, job.train(runs[i], identities[i])) for i in todo))
+        results = sweep(folder, runs, identities, lambda todo: ((i, job.train(*run)) for i, run in todo.items()))
     if results:
         print(write_report(folder, results))
     from accelerate import PartialState
@@ -73,13 +69,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="neftune-hf compare",
-        usage="%(prog)s --config FILE [--alphas A [A ...]] [--seeds N [N ...]] [OPTIONS]",
-        description=run.__doc__,
-        epilog="All others, such as --output_dir, are the options of `neftune-hf sft`.",
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s --config FILE [--alphas A [A ...]] [--seeds N [N ...]] [OPTIONS]"
+    more = "All others, such as --output_dir, are the options of `neftune-hf sft`."
+    parser = argparse.ArgumentParser("neftune-hf compare", usage, run.__doc__, more, allow_abbrev=False)
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file with options of `neftune-hf sft`, or the name of a recipe")
     text = "neftune_noise_alpha; the first is the baseline (default: 0 5)"
@@ -109,10 +101,8 @@ def _settings(options: argparse.Namespace, rest: list[str]) -> list[dict[str, An
         if value is not None and value < least:
             raise NEFTuneConfigError(f"`--{name}` is {value}; it must be at least {least}.")
     if options.ray and ((options.gpus_per_run or 0) > 1 or "WORLD_SIZE" in os.environ):
-        raise NEFTuneConfigError(
-            "`--ray` trains each run in one process, on at most one GPU. For a model that needs several, use "
-            "`accelerate launch -m neftune_hf compare ...` without `--ray`."
-        )
+        remedy = "For a model that needs several, use `accelerate launch -m neftune_hf compare ...` without `--ray`."
+        raise NEFTuneConfigError(f"`--ray` trains each run in one process, on at most one GPU. {remedy}")
     if any(word.partition("=")[0] in ("--seed", "seed") for word in (*rest, *options.vary)):
         raise NEFTuneConfigError("Runs with the same seed are pairs: give the seeds as `--seeds`, not as `seed`.")
     axes: dict[str, list[Any]] = {}
@@ -138,7 +128,7 @@ class _Data(NamedTuple):
     train: Any
     records: dict[str, Any]
     prompts: dict[str, list[dict[str, Any]]]
-    contents: dict[str, str | None]
+    contents: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +156,7 @@ class Job:
                 f"Two runs are the same: {'; '.join(run.name for run in runs)}. A setting or a seed is given twice, or "
                 "a field is varied on which no result depends."
             )
-        return Path(prepared[0][0].training.output_dir), identities
+        return Path(prepared[0][0].training.output_dir or "."), identities
 
     def train(self, run: Run, identity: dict[str, Any]) -> dict[str, Any]:
         """Train and measure a run whose result depends on `identity`."""
@@ -238,10 +228,10 @@ def _read(arguments: "Arguments", options: argparse.Namespace) -> _Data:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for group, name in itertools.product(arguments, _REFUSED):
-        if str(getattr(group, name, None)).lower() not in ("none", "false"):
+    for group, field in itertools.product(arguments, _REFUSED):
+        if str(getattr(group, field, None)).lower() not in ("none", "false"):
             raise NEFTuneConfigError(
-                f"`{name}` is set, but `compare` trains each run from its start, reads the records more than once and "
+                f"`{field}` is set, but `compare` trains each run from its start, reads the records more than once and "
                 "keeps measurements instead of models. Omit it."
             )
     tokenizer = load_tokenizer(arguments)
@@ -249,15 +239,12 @@ def _read(arguments: "Arguments", options: argparse.Namespace) -> _Data:
     with PartialState().main_process_first():
         train, records = _measured(splits["train"], splits.get("test"), options.records)
     prompts = _prompts(records, tokenizer, options)
-    config, model = None, arguments.model
-    with contextlib.suppress(OSError, ValueError):  # an adapter has none of its own
-        more = {"revision": model.model_revision, "trust_remote_code": arguments.training.trust_remote_code}
-        config = transformers.AutoConfig.from_pretrained(model.model_name_or_path, **more)
+    config, model = _model(arguments)
     if config and prompts:
         texts = [row["prompt"] for rows in prompts.values() for row in rows]
         check_context(config, tokenizer, texts, options.max_new_tokens)
-    contents = {"train": fingerprint(train)} | {name: fingerprint(rows) for name, rows in records.items()}
-    contents |= {"prompts": fingerprint([prompts]), "model": _model_contents(model.model_name_or_path, config)}
+    contents: dict[str, Any] = {name: fingerprint(rows) for name, rows in (records | {"train": train}).items()}
+    contents |= {"prompts": fingerprint([prompts]), "model": model}
     if options.tasks:
         from ..compare import tasks
 
@@ -293,9 +280,18 @@ def _prompts(records: dict[str, Any], tokenizer: Any, options: argparse.Namespac
     return prompts
 
 
-def _model_contents(name: str, config: Any) -> str | None:
-    """A hash of a local model's files, or the commit of one on the hub."""
+def _model(arguments: "Arguments") -> tuple[Any, str | None]:
+    """The model's config, None if it has none of its own; and a hash of its files, or its commit on the hub."""
+    from transformers import AutoConfig
+
+    name, revision, config = arguments.model.model_name_or_path or "", arguments.model.model_revision, None
+    with contextlib.suppress(OSError, ValueError):  # an adapter has its base's
+        trust = arguments.training.trust_remote_code
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
     if not Path(name).is_dir():
-        return getattr(config, "_commit_hash", None)
-    files = sorted(file for file in Path(name).iterdir() if file.is_file())
-    return fingerprint([file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files)
+        return config, getattr(config, "_commit_hash", None)
+    contents = []
+    for path in sorted(path for path in Path(name).iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            contents.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return config, fingerprint(contents)

@@ -26,7 +26,8 @@ def ray_task(cpus: float, gpus: float | None) -> Any:
     """
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     gpus = min(ray.cluster_resources().get("GPU", 0), 1) if gpus is None else gpus
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3, retry_exceptions=[OSError])(_in_folder)
+    resources: Any = {"num_cpus": cpus, "num_gpus": gpus, "retry_exceptions": [OSError]}
+    task = ray.remote(max_retries=3, **resources)(_in_folder)
     return lambda function, *args: task.remote(os.getcwd(), function, *args)
 
 

@@ -102,7 +102,8 @@ def _on_length(length: Interval) -> str:
 
 
 def _change(difference: Interval, kind: str) -> str:
-    unit, style = {"relative": (" %", "+.2f"), "absolute": (" points", "+.1f")}.get(kind, ("", "+.4g"))
+    styles = {"relative": (" %", "+.2f"), "absolute": (" points", "+.1f"), "plain": ("", "+.4g"), "nats": ("", "+.4f")}
+    unit, style = styles[kind]
     mid, low, high = (format(value, style) for value in difference[:3])
     return f"{mid}{unit} [{low}, {high}]"
 
@@ -118,7 +119,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
         cells = [f"{means[name].estimate:.4g}" if name in means else "missing" for name in names]
         cells += [_change(found[name], metric["kind"]) if name in found else "" for name in others]
         rows.append([f"{metric['title']} ({metric['records']} records)", *cells])
-    gaps = [_change(results["gap"][name], "plain") if name in results["gap"] else "" for name in others]
+    gaps = [_change(results["gap"][name], "nats") if name in results["gap"] else "" for name in others]
     return [*rows, ["held-out minus training loss, nats", *[""] * len(names), *gaps]]
 
 

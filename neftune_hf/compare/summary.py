@@ -40,7 +40,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     settings = [_described(name, own, runs) for name, own in groups.items()]
     sound = {setting["name"]: groups[setting["name"]] for setting in settings if not setting["diverged"]}
     tables = _tables(sound)
-    words = METRICS | {task: (task, "plain") for task in first["tasks"]}
+    words: dict[str, tuple[str, str]] = METRICS | {task: (task, "plain") for task in first["tasks"]}
     base = next(iter(groups))
     metrics = [_compared(key, *words[key], table) for key, table in tables.items() if base in table and len(table) > 1]
     ended = [float(table.mean()) for table, _ in tables.get("ended", {}).values()]
@@ -169,8 +169,9 @@ def _minus(one: Table, other: Table) -> list[np.ndarray]:
 def _difference(one: Table, other: Table, kind: str) -> Interval:
     if kind == "relative":
         logs = [(linearised_log(table), records) for table, records in (one, other)]
-        estimate, low, high, p_value = mean_interval(*_minus(*logs))
-        return Interval(*(100 * math.expm1(value) for value in (estimate, low, high)), p_value)
+        *found, p_value = mean_interval(*_minus(*logs))
+        estimate, low, high = (100 * math.expm1(value) for value in found)
+        return Interval(estimate, low, high, p_value)
     scale = 100 if kind == "absolute" else 1
     return mean_interval(*(scale * table for table in _minus(one, other)))
 

@@ -17,8 +17,9 @@ from .runs import Run, fingerprint, setting_name
 
 logger = logging.getLogger(__name__)
 
-# Trains and measures runs, given by their indices, and yields each one's index and measurements, or None if it failed.
-Execute = Callable[[list[int]], Generator[tuple[int, dict[str, Any] | None]]]
+# Trains and measures runs, given with what each result depends on, by their indices. Yields each one's index and
+# measurements, or None if it failed.
+Execute = Callable[[dict[int, tuple[Run, dict[str, Any]]]], Generator[tuple[int, dict[str, Any] | None]]]
 
 
 def sweep(folder: Path, runs: list[Run], identities: list[dict[str, Any]], execute: Execute) -> list[dict[str, Any]]:
@@ -46,7 +47,7 @@ def sweep(folder: Path, runs: list[Run], identities: list[dict[str, Any]], execu
         logger.warning(message, len(unused), folder)
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="runs", disable=not state.is_main_process)
     try:
-        with bar, logging_redirect_tqdm(), closing(execute(todo)) as results:
+        with bar, logging_redirect_tqdm(), closing(execute({i: (runs[i], identities[i]) for i in todo})) as results:
             for i, result in results:
                 if result and state.is_main_process:
                     part = files[i].with_suffix(".part")  # an interrupted write leaves no damaged file
