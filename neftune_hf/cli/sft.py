@@ -63,9 +63,9 @@ def checkpoint_to_continue(args: "NEFTuneSFTConfig") -> str | None:
         checkpoint = Path(given)
     earlier = [*(file.parent for file in whole), *folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if earlier and not (checkpoint and checkpoint.resolve().parent == folder.resolve()):
+        remedy = ", or continue from its last checkpoint with `--resume_from_checkpoint true`" if whole else ""
         raise NEFTuneConfigError(
-            f"`output_dir` {folder} has {earlier[0].name} of an earlier run. Name another folder, remove this one, or "
-            "continue from its last checkpoint with `--resume_from_checkpoint true`."
+            f"`output_dir` {folder} has {earlier[0].name} of an earlier run. Name another folder{remedy}."
         )
     return str(checkpoint) if checkpoint else None
 

@@ -4,17 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import trl
 import yaml
 from transformers import AutoTokenizer, set_seed
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_dataset,
-    get_peft_config,
-    get_quantization_config,
-)
 
 from ..errors import DatasetError, NEFTuneConfigError
 from ..sft import NEFTuneSFTConfig, NEFTuneSFTTrainer
@@ -32,10 +24,10 @@ _SNR = "neftune/snr_db"
 class Arguments(NamedTuple):
     """All that a run depends on."""
 
-    script: ScriptArguments
+    script: trl.ScriptArguments
     training: NEFTuneSFTConfig
-    model: ModelConfig
-    dataset: DatasetMixtureConfig
+    model: trl.ModelConfig
+    dataset: trl.DatasetMixtureConfig
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -44,8 +36,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     Raises:
         NEFTuneConfigError: TRL or transformers refuse a setting, or the model or data set is missing.
     """
-    parser = TrlParser(
-        (ScriptArguments, NEFTuneSFTConfig, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
+    parser = trl.TrlParser(
+        (trl.ScriptArguments, NEFTuneSFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig),  # type: ignore[arg-type]
         prog="neftune-hf sft",
         usage="%(prog)s --config FILE [--OPTION VALUE ...]",
         description="Fine-tune with TRL and NEFTune. `--config FILE` is a YAML file with any of the options, which the "
@@ -85,8 +77,10 @@ def load_records(arguments: Arguments, tokenizer: "PreTrainedTokenizerBase") -> 
     name = ", ".join(str(part.data_files or part.path) for part in mixture.datasets) or str(script.dataset_name)
     with training.main_process_first():
         if mixture.datasets:
-            set_seed(0)  # get_dataset splits off `test_split_size` at random: the same records in every process and run
-            splits = get_dataset(mixture)
+            set_seed(
+                0
+            )  # trl.get_dataset splits off `test_split_size` at random: the same records in every process and run
+            splits = trl.get_dataset(mixture)
         else:
             splits = load_instructions(name, script.dataset_config, script.dataset_streaming)
         if missing := [split for split in wanted.values() if split not in splits]:
@@ -120,8 +114,8 @@ def make_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        quantization_config=trl.get_quantization_config(model),
+        peft_config=trl.get_peft_config(model),
     )
 
 
