@@ -77,9 +77,7 @@ def load_records(arguments: Arguments, tokenizer: "PreTrainedTokenizerBase") -> 
     name = ", ".join(str(part.data_files or part.path) for part in mixture.datasets) or str(script.dataset_name)
     with training.main_process_first():
         if mixture.datasets:
-            set_seed(
-                0
-            )  # trl.get_dataset splits off `test_split_size` at random: the same records in every process and run
+            set_seed(0)  # `test_split_size` is split off at random: the same records in every process and run
             splits = trl.get_dataset(mixture)
         else:
             splits = load_instructions(name, script.dataset_config, script.dataset_streaming)
