@@ -106,29 +106,6 @@ def test_runs_are_pairs(compared, tmp_path):
     assert again[1, 0]["losses"] != again[0, 0]["losses"]
 
 
-def test_finished_runs_are_kept_and_missing_or_damaged_ones_are_trained(compared, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(compared[1], folder)
-    before = runs_of(folder)
-    kept, lost, damaged = (before[key]["file"] for key in ((0, 0), (5, 1), (5, 0)))
-    lost.unlink()
-    damaged.write_text('{"setting": {"neftune')
-    time = kept.stat().st_mtime_ns
-    assert compare(compared, "--alphas", "0", "5", "500", "--seeds", "0", "1", "--output_dir", str(folder)) == 0
-    assert kept.stat().st_mtime_ns == time
-    after = runs_of(folder)
-    assert all(after[key]["losses"] == run["losses"] for key, run in before.items())
-
-
-def test_runs_that_are_not_in_this_comparison_are_counted_and_what_was_planned_is_told(compared, tmp_path, caplog):
-    folder = tmp_path / "copy"
-    shutil.copytree(compared[1], folder)
-    assert compare(compared, "--alphas", "0", "5", "--seeds", "0", "1", "--output_dir", str(folder)) == 0
-    assert "2 other finished runs in" in caplog.text
-    changes = results_of(folder)["plan"]["changes"]
-    assert changes == ["settings planned, but not in this report: alpha 500"]
-
-
 def test_a_run_is_taken_only_if_all_that_it_depends_on_is_equal(config, model_folder, tmp_path, caplog):
     rows, model = records("tatsu-lab/alpaca", 8), shutil.copytree(model_folder, tmp_path / "model")
     words = ["--alphas", "5", "--vary", "neftune_length=sequence,padded", "--model_name_or_path", str(model)]
@@ -141,7 +118,11 @@ def test_a_run_is_taken_only_if_all_that_it_depends_on_is_equal(config, model_fo
         return len(set((tmp_path / "runs").glob("*")) - before)
 
     assert trained() == 2
+    damaged = next((tmp_path / "runs").iterdir())
+    result = json.loads(damaged.read_text())
+    damaged.write_text('{"setting": {"neftune')
     assert trained() == 0
+    assert json.loads(damaged.read_text())["losses"] == result["losses"]
     assert trained("--learning_rate", "0.02") == 2
     assert "2 other finished runs in" in caplog.text
     assert trained("--model_init_kwargs", '{"attention_dropout": 0.5}') == 2
@@ -187,19 +168,19 @@ def test_a_diverged_setting_is_reported_and_the_others_are_compared(config, tmp_
     assert "learning_rate 1e38: diverged" in (tmp_path / "report.html").read_text()
 
 
-def test_completions_that_failed_are_missing(config, tmp_path, monkeypatch, capsys):
-    complete = command.complete_tokens
-
-    def fails(model, tokenizer, prompts, limit):
+def test_completions_that_failed_are_missing_and_empty_ones_are_named(config, tmp_path, monkeypatch, capsys):
+    def complete(model, tokenizer, prompts, limit):
         if any("four" in message["content"] for prompt in prompts for message in prompt):
             raise IndexError("index out of range")
-        return complete(model, tokenizer, prompts, limit)
+        return [[tokenizer.eos_token_id]] * len(prompts)
 
-    monkeypatch.setattr(command, "complete_tokens", fails)
+    monkeypatch.setattr(command, "complete_tokens", complete)
     words = ["--records", "8", "--max_new_tokens", "2", "--per_device_eval_batch_size", "1"]
     assert quickly(config, tmp_path, *words) == 0
     assert re.search(r"alpha 5: completions missing, because they failed: \d+ .index", capsys.readouterr().out)
-    assert "(missing: index out of range)" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "(missing: index out of range)" in page
+    assert "(empty)" in page
 
 
 def test_a_model_without_positions_for_the_completions_is_refused_before_the_first_run(config, tmp_path, capsys):
