@@ -25,16 +25,22 @@ def test_accelerate_knows_every_key(file):
     assert not unknown
 
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+SFT = ["-m", "neftune_hf", "sft", "--config", "alpaca_qwen3"]
+
+
 @pytest.mark.slow
 def test_the_command_of_the_docs_in_two_processes(tmp_path, model_folder):
-    command = [sys.executable, "-m", "neftune_hf", "sft", "--config", "configs/alpaca_qwen3.yaml"]
-    command += ["--accelerate_config", "configs/accelerate/ddp.yaml", "--num_processes", "2"]
+    """Evaluates, saves and ends: gloo's groups are freed, and each process exits."""
+    more = ["--eval_strategy", "steps", "--eval_steps", "2", "--dataset_test_split", "train"]
     result = subprocess.run(
-        [*command, *sft_options(tmp_path, model_folder, ALPACA)],
+        [*LAUNCH, "--config_file", "configs/accelerate/ddp.yaml", "--num_processes", "2",
+         *SFT, *sft_options(tmp_path, model_folder, ALPACA), *more],
         cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("NEFTune summary") == 1
+    assert result.stdout.count("completion after:") == 1
     assert "noised in 2 steps" in result.stdout
 
 
@@ -44,18 +50,11 @@ def test_a_run_on_two_nodes(tmp_path, model_folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "configs/accelerate/multi_node.yaml",
-    ]
+    command = [*LAUNCH, "--config_file", "configs/accelerate/multi_node.yaml"]
     command += ["--multi_gpu", "--num_processes", "2", "--main_process_port", port]
     nodes = [
         subprocess.Popen(
-            [*command, "--machine_rank", str(rank), "-m", "neftune_hf", "sft", "--config", "configs/alpaca_qwen3.yaml",
-             *sft_options(tmp_path, model_folder, ALPACA)],
+            [*command, "--machine_rank", str(rank), *SFT, *sft_options(tmp_path, model_folder, ALPACA)],
             cwd=ROOT, env=cpu_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)

@@ -1,4 +1,4 @@
-"""Every config and script on a tiny model and synthetic records; the model card; the hub."""
+"""Every config and script on a tiny model and synthetic records; an adapter; the hub."""
 
 import runpy
 import shutil
@@ -64,10 +64,7 @@ def test_every_config_runs_for_two_steps(file, tmp_path, model_folder, plain_mod
     is_base = settings["model_name_or_path"] in ("meta-llama/Llama-2-7b-hf", "facebook/opt-6.7b")
     words = sft_options(tmp_path, plain_model_folder if is_base else model_folder, settings["dataset_name"])
     assert cli.main(["sft", "--config", str(file), *words]) == 0
-    printed, symmetric = capsys.readouterr().out, settings.get("neftune_symmetric", False)
-    assert "noised in 2 steps" in printed
-    assert ("(constant), symmetric pairs: " in printed) == symmetric
-    assert ("symmetric pairs" in (tmp_path / "README.md").read_text()) == symmetric
+    assert "noised in 2 steps" in capsys.readouterr().out
     assert first_record(trainers[0])[0].startswith(TASK if is_base else "user: ")
     saved = {path.name for path in tmp_path.iterdir()}
     assert ("adapter_config.json" in saved) == settings.get("use_peft", False)
@@ -84,18 +81,17 @@ def test_the_papers_settings_are_the_papers(file):
         assert 8 * settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 128
 
 
-@pytest.mark.parametrize(("name", "dataset"), [
-    ("sft_alpaca", "tatsu-lab/alpaca"),
-    ("sft_evol_instruct", "WizardLMTeam/WizardLM_evol_instruct_70k"),
-    ("sft_evol_instruct", "WizardLMTeam/WizardLM_evol_instruct_V2_196k"),
+@pytest.mark.parametrize(("recipe", "dataset"), [
+    ("alpaca", "tatsu-lab/alpaca"),
+    ("evol_instruct", "WizardLMTeam/WizardLM_evol_instruct_70k"),
+    ("evol_instruct", "WizardLMTeam/WizardLM_evol_instruct_V2_196k"),
 ])  # fmt: skip
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_scripts_run_and_are_short(
-    chat, name, dataset, tmp_path, model_folder, plain_model_folder, trainers, monkeypatch
+def test_the_script_runs_and_is_short(
+    chat, recipe, dataset, tmp_path, model_folder, plain_model_folder, trainers, monkeypatch
 ):
-    file = ROOT / "scripts" / f"{name}.py"
+    file, config = ROOT / "scripts" / "sft_alpaca.py", ROOT / "configs" / f"{recipe}_llama2_7b.yaml"
     assert len(file.read_text().splitlines()) < 50
-    config = ROOT / "configs" / f"{name.removeprefix('sft_')}_llama2_7b.yaml"
     words = sft_options(tmp_path, model_folder if chat else plain_model_folder, dataset)
     monkeypatch.setattr(sys, "argv", [str(file), "--config", str(config), *words])
     runpy.run_path(str(file), run_name="__main__")
@@ -107,19 +103,11 @@ def test_the_scripts_run_and_are_short(
 
 
 @pytest.mark.slow
-def test_the_card_and_an_adapter_that_needs_nothing_of_ours(tmp_path, model_folder):
+def test_an_adapter_needs_nothing_of_ours(tmp_path, model_folder):
     out = tmp_path / "out"
-    words = ["--config", str(ROOT / "configs" / "alpaca_qwen3.yaml"), "--neftune_seed", "7", "--packing", "false"]
+    words = ["--config", str(ROOT / "configs" / "alpaca_qwen3.yaml"), "--packing", "false"]
     words += sft_options(tmp_path, model_folder, "tatsu-lab/alpaca")
     assert cli.main(["sft", *words, "--output_dir", str(out)]) == 0
-    card = ModelCard.load(out / "README.md")
-    assert {"neftune", "sft", "trl"} <= set(card.data.tags)
-    for part in ("alpha | 5, constant", "| noise | uniform", "| seed | 7", "embed_tokens (Embedding, d=32)", "0.1"):
-        assert part in card.text
-    assert card.text.count("## NEFTune") == 1
-    assert "None" not in card.text
-    assert "# Model Card for out" in card.text
-    assert "set.json" not in card.content  # no page on the hub
     code = (
         "import sys; sys.modules['neftune_hf'] = None\n"
         "from peft import AutoPeftModelForCausalLM as M\n"
@@ -165,20 +153,5 @@ def test_the_hub_is_asked_the_same_as_without(tmp_path, model_folder, monkeypatc
     plain, ours = hubs
     assert len(ours.asked) >= 3
     assert ours.asked == plain.asked
-    assert "## NEFTune" not in plain.card.text
-    assert "## NEFTune" in ours.card.text
+    assert ours.card.text.replace("NEFTune", "") == plain.card.text
     assert set(ours.card.data.tags) == {*plain.card.data.tags, "neftune"} > {"mine"}
-
-
-def test_the_symmetric_recipe_is_its_sibling_with_pairs():
-    symmetric, plain = (
-        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-        for name in ("alpaca_symmetric_smollm2", "alpaca_smollm2")
-    )
-    changed = {key: value for key, value in symmetric.items() if plain.get(key) != value}
-    assert changed == {
-        "output_dir": "outputs/alpaca_symmetric_smollm2",
-        "neftune_noise_type": "bernoulli",
-        "neftune_symmetric": True,
-    }
-    assert plain.keys() <= symmetric.keys()

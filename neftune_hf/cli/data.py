@@ -1,65 +1,50 @@
-"""Load instruction sets from a file, a folder or the hub, and convert them to TRL's prompt-completion format."""
+"""Reads instruction sets, and converts their records to TRL's prompt and completion."""
 
-import glob
 import logging
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 
 from .. import __version__
 from ..errors import DatasetError, first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
+Messages = list[dict[str, Any]]
+Part = str | Messages
+
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-# Column names with the same meaning. A mixture can have several of them; each record uses the first that is not null.
-_INSTRUCTION = ("instruction", "question")
-_INPUT = ("input", "context")
-_OUTPUT = ("output", "response")
-_SYSTEM = ("system", "system_prompt")
-_TURNS = ("messages", "conversations")
-_CARRIED = ("tools", "chat_template_kwargs")  # TRL passes them to the chat template
-_KNOWN = {*_INSTRUCTION, *_INPUT, *_OUTPUT, *_SYSTEM, *_TURNS, "prompt", "completion", "text"}
-
-# Passed to every `map`: datasets caches its results and does not notice when the helpers of a function change.
+_FORMATS = ({"instruction", "output"}, {"prompt", "completion"}, {"messages"})
+_RENAMES = {
+    "Instruction": "instruction", "question": "instruction", "context": "input", "response": "output",
+    "system_prompt": "system", "conversations": "messages",
+}  # fmt: skip
+_ROLES = {"human": "user", "gpt": "assistant"}
+_FOR_TEMPLATE = {"tools", "chat_template_kwargs"}  # TRL passes them to the chat template
+# `datasets` caches what a function made of the records, and does not notice when a function that it calls has changed
 _VERSION = {"version": __version__}
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_EMPTY_MESSAGE = {"role": "user", "content": ""}
-
-_EMPTY = "have no prompt or no completion and are dropped"
-_REJECTED = "are rejected by the chat template and are dropped"
-_PROMPT_TOO_LONG = "have a prompt of `max_length` tokens or more and are dropped"
-_TRUNCATED = "are longer than `max_length` tokens and are truncated"
 
 
 def load_instructions(
-    name: str, config: str | None = None, streaming: bool = False, argument: str = "dataset_name"
+    name: str, config: str | None = None, streaming: bool = False
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load an instruction set with `datasets.load_dataset`.
+    """Load the splits of a data set with `datasets.load_dataset`.
 
     Args:
         name (`str`): A JSON, JSONL or Parquet file, which becomes the split `train`; a folder of such files, from
             whose names datasets infers the splits; or the name of a data set on the hub.
         config (`str`, *optional*): Configuration of a hub data set.
         streaming (`bool`): Stream it.
-        argument (`str`): What error messages call `name`.
-
-    Returns:
-        `datasets.DatasetDict`: The splits, with their columns unchanged.
 
     Raises:
-        DatasetError: The data set is missing, empty or malformed.
+        DatasetError: The data set is malformed or empty.
 
     Example:
 
@@ -69,51 +54,21 @@ def load_instructions(
     ['instruction', 'input', 'output']
     ```
     """
-    path = Path(name)
-    if path.suffix in _READERS and not path.exists():
-        raise DatasetError(f"`{argument}`: there is no file {name}.")
+    path, files = Path(name), {}
     if path.is_file() and path.suffix not in _READERS:
-        raise DatasetError(f"`{argument}` is {name}; a data file is named {', '.join(_READERS)}.")
-    is_file = path.is_file()
-    source = literal_source(_READERS[path.suffix], None, name) if is_file else literal_source(name)
-    with dataset_errors(argument, name):
-        splits = datasets.load_dataset(name=config, streaming=streaming, **source)
-        for data in splits.values() if path.exists() else ():
-            next(iter(data))  # a stream reports only now that it is malformed or empty
-    return splits
+        raise DatasetError(f"{name} is no data file. Name it {', '.join(_READERS)}, by its format.")
+    if path.suffix in _READERS:
+        files = {"data_files": name}
+    try:
+        return datasets.load_dataset(_READERS.get(path.suffix, name), name=config, streaming=streaming, **files)
+    except (DatasetsError, ValueError, StopIteration) as error:  # StopIteration: an empty file
+        raise DatasetError(f"{name} cannot be read: {first_line(error.__cause__ or error)}") from error
 
 
-def literal_source(path: str, data_dir: str | None = None, data_files: Any = None) -> dict[str, Any]:
-    """The arguments `path`, `data_dir` and `data_files` of `datasets.load_dataset`, which reads them as glob patterns.
-
-    A file or folder that exists is that one and no other, whatever its name; other names remain patterns.
-    """
-    is_folder, is_reader = Path(path).is_dir(), "/" not in path
-    folder = Path(path if is_folder else "", data_dir or "").expanduser().resolve()
-    if data_files is not None:
-        if is_folder or is_reader:
-            data_files = _literal_files(data_files, folder)
-    elif folder.is_dir() and glob.has_magic(str(folder)) and (is_folder or (is_reader and data_dir)):
-        data_dir = glob.escape(str(folder))
-        if is_folder:  # only a reader takes a `data_dir` with escapes
-            path = "parquet" if any(folder.rglob("*.parquet")) else "json"
-    return {"path": path, "data_dir": data_dir, "data_files": data_files}
-
-
-def _literal_files(names: Any, folder: Path) -> Any:
-    """`data_files`, a name, a list, or either for each split; relative names are relative to `folder`."""
-    if isinstance(names, dict):
-        return {split: _literal_files(part, folder) for split, part in names.items()}
-    if isinstance(names, list):
-        return [_literal_files(name, folder) for name in names]
-    if (folder / names).exists():
-        return glob.escape(str(folder / names))
-    is_relative = "://" not in names and not Path(names).is_absolute()
-    return f"{glob.escape(str(folder))}/{names}" if is_relative else names
-
-
-def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: bool) -> datasets.Dataset:
-    """Convert an instruction set to TRL's prompt-completion format, so that the loss is on the completion only.
+def to_prompt_completion(
+    data: datasets.Dataset, tokenizer: "PreTrainedTokenizerBase", name: str = "the data", text_field: str = "text"
+) -> datasets.Dataset:
+    """Convert one split to TRL's prompt and completion, so that the loss is on completions only.
 
     The columns determine the format, in this order:
 
@@ -122,117 +77,61 @@ def to_prompt_completion(data: datasets.Dataset, name: str, has_chat_template: b
     - TRL's `prompt` and `completion`.
     - `messages` or `conversations`, with `role` and `content` or `from` and `value`. Each assistant turn becomes a
       record, with everything before it as the prompt.
-    - TRL's `text`, which is left unchanged, with the loss on all of it.
+    - `text_field`, which is left unchanged, with the loss on all of it. Any other than `text` comes first.
 
-    Known columns that are not used are logged.
+    With a chat template, prompts and completions are messages; without one they are text, with Stanford Alpaca's
+    prompt. Records without a prompt or completion are dropped, and their number is logged unless `data` is a stream.
 
     Args:
         data (`datasets.Dataset`): One split.
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
         name (`str`): Name of the split, for errors and the log.
-        has_chat_template (`bool`): Whether to return messages rather than text with Stanford Alpaca's prompt.
+        text_field (`str`): Column of plain text.
 
     Raises:
-        DatasetError: The columns match none of these formats, or do not contain text.
+        DatasetError: The columns match none of these formats, or no record is left.
     """
-    columns = set(get_dataset_column_names(data))
-    used = _used_columns(columns, name)
-    _log_unused(columns, used, name)
-    carried = sorted(columns & {*_CARRIED}) if "text" not in used else []
-    keys = ["text"] if "text" in used else ["prompt", "completion", *carried]
+    columns, is_chat = set(get_dataset_column_names(data)), bool(tokenizer.chat_template)
+    is_known = any(wanted <= {_RENAMES.get(column, column) for column in columns} for wanted in _FORMATS)
+    carried = sorted(columns & _FOR_TEMPLATE)
 
     def convert(batch: dict[str, list], version: str) -> dict[str, list]:
         rows = []
         for values in zip(*batch.values(), strict=True):
             record = dict(zip(batch, values, strict=True))
-            for parts in _convert({key: record[key] for key in used}, name, has_chat_template):
-                rows.append([*parts, *(record[key] for key in carried)])
-        return {key: [row[i] for row in rows] for i, key in enumerate(keys)}
+            found = pairs(record, is_chat)
+            rows += [{"prompt": p, "completion": c} | {key: record[key] for key in carried} for p, c in found]
+        return {key: [row[key] for row in rows] for key in ("prompt", "completion", *carried)}
 
+    if text_field in columns and not (text_field == "text" and is_known):
+        return _keep(data.select_columns([text_field]), name, lambda record, version: not is_empty(record[text_field]))
+    if not is_known:
+        raise DatasetError(
+            f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name them "
+            "`instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
+            "`completion`, or `text`."
+        )
+    data = _keep(data, name, lambda record, version: bool(pairs(record, is_chat)))
     return data.map(convert, batched=True, remove_columns=sorted(columns), fn_kwargs=_VERSION)
 
 
-def keep_usable(
-    data: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> datasets.Dataset:
-    """Drop unusable records in prompt-completion or text format, and log how many.
+def pairs(record: dict[str, Any], is_chat: bool) -> list[tuple[Part, Part]]:
+    """A record's prompts, each with its completion, but empty ones: messages for a chat template, else text.
 
-    A record is dropped if its prompt or completion is empty, if the chat template rejects it (for example because roles
-    do not alternate), or if its prompt alone has `max_length` tokens or more. Records that will be truncated to
-    `max_length` are counted too. For a stream, the counts are logged as they reach 1, 10, 100 and so on.
+    Example:
 
-    Raises:
-        DatasetError: No record is left.
+    ```python
+    >>> from neftune_hf.cli.data import pairs
+    >>> pairs({"instruction": "Say one.", "output": "One."}, is_chat=True)
+    [([{'role': 'user', 'content': 'Say one.'}], [{'role': 'assistant', 'content': 'One.'}])]
+    ```
     """
-    counts: Counter[str] = Counter()
-    if isinstance(data, datasets.IterableDataset):
-        usable = _filter_stream(data, name, tokenizer, max_length, counts)
-        is_empty = next(iter(usable), None) is None
-    else:
-
-        def measure(batch: dict[str, list], version: str) -> dict[str, list[str]]:
-            return {"problem": _problems(batch, tokenizer, max_length)}
-
-        measured = data.map(measure, batched=True, remove_columns=data.column_names, fn_kwargs=_VERSION)
-        problems = list(measured["problem"])
-        counts.update(filter(None, problems))
-        for problem, count in counts.items():
-            logger.warning("%s: %s of %s records %s", name, f"{count:,}", f"{len(data):,}", problem)
-        usable = data.select([row for row, problem in enumerate(problems) if problem in ("", _TRUNCATED)])
-        is_empty = len(usable) == 0
-    if is_empty:
-        dropped = ", ".join(f"{count:,} {problem}" for problem, count in counts.items() if problem != _TRUNCATED)
-        raise DatasetError(f"{name} has no usable record: {dropped or 'it is empty'}. `max_length` is {max_length}.")
-    return usable
+    return [(prompt, end) for prompt, end in _pairs(record, is_chat) if not is_empty(prompt) and not is_empty(end)]
 
 
-def _filter_stream(data, name, tokenizer, max_length, counts: Counter[str]) -> datasets.IterableDataset:
-    last_counted = -1  # a stream restarts each time its first record is read, and each epoch
-
-    def keep(batch: dict[str, list], indices: list[int]) -> list[bool]:
-        nonlocal last_counted
-        problems = _problems(batch, tokenizer, max_length)
-        for problem in (problem for problem, i in zip(problems, indices, strict=True) if problem and i > last_counted):
-            counts[problem] += 1
-            if math.log10(counts[problem]).is_integer():
-                logger.warning("%s: %s so far %s", name, f"{counts[problem]:,}", problem)
-        last_counted = max(last_counted, *indices)
-        return [problem in ("", _TRUNCATED) for problem in problems]
-
-    return data.filter(keep, batched=True, with_indices=True)
-
-
-def _problems(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[str]:
-    """What is wrong with each record of a batch, "" if nothing is."""
-    end = tokenizer.eos_token or ""  # TRL appends it to text; in messages the template does
-    completions = batch["completion"] if "completion" in batch else batch["text"]
-    prompts = batch["prompt"] if "prompt" in batch else [""] * len(completions)
-    has_prompts, is_chat = "prompt" in batch, any(isinstance(part, list) for part in [*prompts, *completions])
-    nothing: Any = [] if is_chat else ""
-    pairs = [
-        (prompt or nothing, completion or nothing) for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    prompt_lengths = count_tokens(tokenizer, [prompt for prompt, _ in pairs], is_prompt=True)
-    lengths = count_tokens(tokenizer, [p + c if is_chat else p + c.removesuffix(end) + end for p, c in pairs])
-    problems = []
-    for (prompt, completion), prompt_length, length in zip(pairs, prompt_lengths, lengths, strict=True):
-        problem = ""
-        if (has_prompts and _is_empty(prompt)) or _is_empty(completion):
-            problem = _EMPTY
-        elif min(prompt_length, length) < 0:
-            problem = _REJECTED
-        elif max_length is not None and length > max_length:
-            problem = _PROMPT_TOO_LONG if has_prompts and prompt_length >= max_length else _TRUNCATED
-        problems.append(problem)
-    return problems
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerBase, parts: list[Any], is_prompt: bool = False) -> list[int]:
-    """The number of tokens of each text or list of messages; -1 if the chat template rejects the messages."""
-    is_chat = isinstance(parts[0], list)
-    texts = [_templated(tokenizer, part, is_prompt) for part in parts] if is_chat else parts
-    accepted = [text for text in texts if text is not None]
-    lengths = iter(tokenizer(accepted, add_special_tokens=not is_chat)["input_ids"] if accepted else ())
-    return [-1 if text is None else len(next(lengths)) for text in texts]
+def prompt_of(record: dict[str, Any], is_chat: bool) -> Part:
+    """A record's first prompt, whether or not it has a completion; empty if there is none."""
+    return next((prompt for prompt, _ in _pairs(record | {"output": "", "completion": ""}, is_chat)), "")
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -245,179 +144,92 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return "\n\n".join([task + "Write a response that appropriately completes the request.", *parts])
 
 
-def plain_prompt(messages: list[dict[str, Any]], input: str = "") -> str:
+def plain_prompt(messages: Messages, input: str = "") -> str:
     """Messages as text, for models without a chat template; "" if one is empty.
 
     The first user message is Stanford Alpaca's prompt, with `input`; later ones are without its first paragraph, as in
     experiment_code/conversation.py of the paper's code.
     """
-    if _is_empty(messages):
+    if is_empty(messages):
         return ""
     parts, is_first = [], True
     for message in messages:
         if message["role"] != "user":
             parts.append(_content(message) + "\n\n")
             continue
-        prompt = alpaca_prompt(_content(message), input)
+        prompt = alpaca_prompt(_content(message), input if is_first and input.strip() else "")
         parts.append(prompt if is_first else prompt.partition("\n\n")[2])
-        input, is_first = "", False
+        is_first = False
     return "".join(parts)
 
 
-def instruction_and_input(record: dict[str, Any], name: str) -> tuple[str, str]:
-    """The record's instruction and its input, or "" without one. An input alone is the instruction."""
-    instruction, input = (_text(record, columns, name) for columns in (_INSTRUCTION, _INPUT))
-    instruction, input = (text if text.strip() else "" for text in (instruction, input))
-    return (instruction, input) if instruction else (input, "")
+def is_empty(part: Part | None) -> bool:
+    """Whether a prompt or completion has no content, or one of its user messages has none."""
+    if not isinstance(part, list):
+        return not (part or "").strip()
+    full = [bool(_content(message).strip() or message.get("tool_calls")) for message in part]
+    return not any(full) or any(message["role"] == "user" and not has for message, has in zip(part, full, strict=True))
 
 
-def user_message(instruction: str, input: str = "") -> dict[str, str]:
-    """The user's message to a model with a chat template."""
-    return {"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}
+def _keep(data: datasets.Dataset, name: str, is_usable: Callable[..., bool]) -> datasets.Dataset:
+    usable = data.filter(is_usable, fn_kwargs=_VERSION)
+    if isinstance(data, datasets.Dataset):
+        if dropped := len(data) - len(usable):
+            logger.warning("%s: %d of %d records have no prompt or completion: dropped", name, dropped, len(data))
+        if not len(usable):
+            raise DatasetError(f"{name} has no record with a prompt and a completion.")
+    return usable
 
 
-@contextmanager
-def dataset_errors(argument: str, name: str) -> Iterator[None]:
-    """Re-raise the many errors of reading a data set as `DatasetError`."""
-    try:
-        yield
-    except StopIteration as error:
-        raise DatasetError(f"`{argument}`: {name} is empty.") from error
-    except (DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
-        if "corresponds to no data" in str(error):
-            raise DatasetError(f"`{argument}`: {name} is empty.") from error
-        reason = first_line(error.__cause__ or error)
-        raise DatasetError(f"`{argument}`: {name} cannot be read: {reason}") from error
-
-
-def _log_unused(columns: set[str], used: set[str], name: str) -> None:
-    if unused := sorted(columns & _KNOWN - used):
-        logger.warning(
-            "%s: using the columns %s; not used: %s",
-            name,
-            ", ".join(sorted(columns & used)),
-            ", ".join(unused),
-        )
-    for group in ((*_INSTRUCTION, *_TURNS), _INPUT, _OUTPUT, _SYSTEM):
-        first, *others = [column for column in group if column in columns & used] or [""]
-        if others:
-            logger.warning("%s: %s is used where %s is null", name, ", ".join(others), first)
-
-
-def _first(record: dict[str, Any], columns: Iterable[str]) -> tuple[str, Any]:
-    return next(((column, record[column]) for column in columns if record.get(column) is not None), ("", None))
-
-
-def _text(record: dict[str, Any], columns: Iterable[str], name: str) -> str:
-    """The text of the first of `columns` that is not null; "" if all are."""
-    column, value = _first(record, columns)
-    if isinstance(value, list | dict):
-        raise DatasetError(f"{name}: `{column}` has a {type(value).__name__} instead of text: {value!r:.80}")
-    return "" if value is None else str(value)
-
-
-def _used_columns(columns: set[str], name: str) -> set[str]:
-    """The columns of the first known format that `columns` have."""
-    is_instruction = columns & {*_INSTRUCTION} and columns & {*_OUTPUT}
-    if not is_instruction and {"prompt", "completion"} <= columns:
-        return {"prompt", "completion"}
-    if is_instruction or columns & {*_TURNS}:
-        return columns & {*_SYSTEM, *_TURNS, *((*_INSTRUCTION, *_INPUT, *_OUTPUT) if is_instruction else ())}
-    if "text" in columns:
-        return {"text"}
-    raise DatasetError(
-        f"{name} has the columns {', '.join(sorted(columns))}, which match no known format. Name "
-        "them `instruction` and `output` (and `input`, `system`), `messages` or `conversations`, `prompt` and "
-        "`completion`, or `text`."
+def _pairs(record: dict[str, Any], is_chat: bool) -> list[tuple[Part, Part]]:
+    known = {new: record[old] for old, new in _RENAMES.items() if record.get(old) is not None}
+    known |= {key: value for key, value in record.items() if value is not None}
+    instruction, input, output, system = (
+        _text(known.get(key, "")) for key in ("instruction", "input", "output", "system")
     )
-
-
-def _convert(record: dict[str, Any], name: str, has_chat_template: bool) -> Iterator[tuple]:
-    """The prompts and completions of a record, or its text."""
-    if "text" in record:
-        yield (_text(record, ["text"], name),)
-        return
-    input = ""
-    pairs: Iterable[tuple]
-    if "prompt" in record:
-        pairs = [_prompt_and_completion(record, name)]
+    before = [{"role": "system", "content": system}] if system.strip() else []
+    if "output" in known and known.keys() & {"instruction", "input"}:
+        if not instruction.strip():
+            instruction, input = input, ""
+        user = f"{instruction}\n\n{input}" if input.strip() and is_chat else instruction
+        found = [([*before, {"role": "user", "content": user}], [{"role": "assistant", "content": output}])]
+    elif {"prompt", "completion"} <= known.keys():
+        if not isinstance(known["prompt"], list):
+            return [(_text(known["prompt"]), _text(known["completion"]))]
+        found, input = [(_messages(known["prompt"]), _messages(known["completion"]))], ""
     else:
-        instruction, input = instruction_and_input(record, name)
-        _, turns = _first(record, _TURNS)
-        if turns is None or instruction:
-            output = {"role": "assistant", "content": _text(record, _OUTPUT, name)}
-            turns = [user_message(instruction, input if has_chat_template else ""), output]
-        pairs = _split_turns(_with_system([_message(turn, name) for turn in turns], _text(record, _SYSTEM, name)))
-    for prompt, completion in pairs:
-        if isinstance(prompt, list) and not has_chat_template:
-            prompt, completion = plain_prompt(prompt, input), "".join(map(_content, completion))
-        yield prompt, completion
+        turns, input = _messages(known.get("messages", [])), ""
+        found = _split(turns if turns and turns[0]["role"] == "system" else [*before, *turns])
+    if is_chat:
+        return [*found]
+    return [(plain_prompt(prompt, input), "".join(map(_content, completion))) for prompt, completion in found]
 
 
-def _prompt_and_completion(record: dict[str, Any], name: str) -> tuple[Any, Any]:
-    parts = record["prompt"], record["completion"]
-    if not any(isinstance(part, list) for part in parts):
-        return _text(record, ["prompt"], name), _text(record, ["completion"], name)
-    if any(isinstance(part, str) for part in parts):
-        raise DatasetError(f"{name}: one of `prompt` and `completion` is text, the other messages.")
-    prompt, completion = ([_message(turn, name) for turn in part or [None]] for part in parts)
-    return prompt, completion
+def _text(value: Any) -> str:
+    if isinstance(value, list | dict):
+        raise DatasetError(f"A record has a {type(value).__name__} where text is expected: {value!r:.80}")
+    return str(value)
 
 
-def _with_system(messages: list[dict[str, Any]], system: str) -> list[dict[str, Any]]:
-    """The messages after the text of a system column, unless they have a system message of their own."""
-    if not system.strip() or (messages and messages[0]["role"] == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+def _messages(turns: Any) -> Messages:
+    """Turns as `role` and `content`."""
+    messages = []
+    for turn in turns:
+        turn = {"role": "user"} if turn is None else turn
+        known = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
+        if not known.keys() & {"from", "role"}:
+            raise DatasetError(f"A turn needs `role` and `content`, or `from` and `value`; found {turn!r:.80}")
+        (message,) = maybe_convert_to_chatml({"messages": [{"content": ""} | known]})["messages"]
+        messages.append(message | {"role": _ROLES.get(message["role"], message["role"])})
+    return messages
 
 
-def _message(turn: dict[str, Any] | None, name: str) -> dict[str, Any]:
-    """A turn as `role` and `content`. A null turn becomes an empty user message, so the record is dropped as empty."""
-    if turn is None:
-        return _EMPTY_MESSAGE
-    if not isinstance(turn, dict) or not turn.keys() & {"from", "role"}:
-        raise DatasetError(f"{name}: a turn needs `role` and `content`, or `from` and `value`; found {turn!r:.80}")
-    sender = turn.get("from")
-    if sender is not None and sender not in _ROLES:
-        raise DatasetError(f"{name}: a turn is from {sender!r}; known roles are {', '.join(_ROLES)}.")
-    (message,) = maybe_convert_to_chatml({"messages": [dict(turn)]})["messages"]
-    if message.get("role") is None:
-        return _EMPTY_MESSAGE
-    keeps = isinstance(message.get("content"), list) or message.get("tool_calls")
-    content = message.get("content") if keeps else _text(message, ["content"], name)
-    return message | {"role": _ROLES.get(message["role"], message["role"]), "content": content}
-
-
-def _split_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[list, list]]:
-    """Each assistant turn with everything before it; a conversation without one yields an empty completion."""
+def _split(messages: Messages) -> list[tuple[Messages, Messages]]:
+    """Each assistant turn with everything before it; without one, all of the conversation and no completion."""
     ends = [end for end, message in enumerate(messages) if message["role"] == "assistant" and end]
-    for end in ends:
-        yield messages[:end], [messages[end]]
-    if not ends:
-        yield messages or [_EMPTY_MESSAGE], [_EMPTY_MESSAGE | {"role": "assistant"}]
+    return [(messages[:end], [messages[end]]) for end in ends] or [(messages, [])]
 
 
 def _content(message: dict[str, Any]) -> str:
     content = message["content"] or ""
     return content if isinstance(content, str) else "".join(block.get("text") or "" for block in content)
-
-
-def _is_empty(part: str | list[dict[str, Any]] | None) -> bool:
-    """Whether no message has content, or a user message is empty."""
-    if not part:
-        return True
-    if isinstance(part, str):
-        return not part.strip()
-    has_content = [bool(_content(message).strip() or message.get("tool_calls")) for message in part]
-    return not any(has_content) or any(
-        message["role"] == "user" and not full for message, full in zip(part, has_content, strict=True)
-    )
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], is_prompt: bool) -> str | None:
-    if not messages:
-        return None
-    try:
-        return cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, tokenize=False))
-    except (TemplateError, TypeError):  # TypeError: a template concatenates a null content, as of a tool call
-        return None

@@ -1,29 +1,35 @@
 """What to install if a module is missing."""
 
-import importlib.metadata
-import importlib.util
-import re
+from collections.abc import Iterator
+from importlib.metadata import metadata, requires
+
+from packaging.requirements import Requirement
 
 
-def how_to_install(module: str, extra: str = "") -> str | None:
-    """A pip command for `module` and what else is missing of an extra that has it; None if none has.
+def how_to_install(module: str, command: str) -> str | None:
+    """The extra that has a missing module, preferably the one named as the command, and its packages; None if none has.
 
-    It names the packages rather than `neftune_hf[extra]`, which pip would look for on an index.
+    Example:
 
-    Args:
-        module (`str`): The module that could not be imported.
-        extra (`str`): The preferred extra. By default, the one with the fewest packages.
+    ```python
+    >>> from neftune_hf.cli.extras import how_to_install
+    >>> how_to_install("peft", "sft")
+    'pip install "neftune_hf[peft]", which adds peft>=0.18.1'
+    ```
     """
-    extras: dict[str, dict[str, str]] = {}
-    for line in importlib.metadata.requires("neftune_hf") or ():
-        requirement, _, name = line.partition("; extra == ")
-        package = re.split(r"[^\w-]", requirement)[0].replace("-", "_")
-        extras.setdefault(name.strip("'"), {})[package] = requirement
-    for name in sorted(extras, key=lambda name: (name != extra, len(extras[name]))):
-        if module in extras[name]:
-            missing = [
-                package for package in extras[name] if package == module or not importlib.util.find_spec(package)
-            ]
-            missing.sort(key=lambda package: package != module)
-            return " ".join(["pip install", *(f'"{extras[name][package]}"' for package in missing)])
+    extras = {extra: list(_packages(extra)) for extra in metadata("neftune_hf").get_all("Provides-Extra") or ()}
+    for extra in sorted(extras, key=lambda extra: (extra != command, len(extras[extra]))):
+        if module in [package.name.replace("-", "_") for package in extras[extra]]:
+            packages = ", ".join(f"{package.name}{package.specifier}" for package in extras[extra])
+            return f'pip install "neftune_hf[{extra}]", which adds {packages}'
     return None
+
+
+def _packages(extra: str) -> Iterator[Requirement]:
+    for requirement in map(Requirement, requires("neftune_hf") or ()):
+        if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+            if requirement.extras:  # of this library, whose extras have others in them
+                for other in requirement.extras:
+                    yield from _packages(other)
+            else:
+                yield requirement

@@ -1,179 +1,130 @@
-"""`neftune-hf inspect`: the size of the noise relative to a model's embeddings, before a run."""
+"""`neftune-hf inspect`: which alpha? The size of the noise relative to a model's embeddings, at your data's lengths."""
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DatasetError, NEFTuneConfigError, first_line
-from .recipes import read_yaml
+from ..errors import NEFTuneConfigError
+from .generate import model_errors
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
     from torch import nn
 
-ALPHAS = (5.0, 10.0, 15.0)  # the paper's
+_ALPHAS = (5, 10, 15)  # the paper's
+_LENGTHS = (32, 128, 512, 2048)  # without data
+_SAMPLE = 2000  # records
 
 
 def run(argv: Sequence[str]) -> None:
-    """Report the RMS of a model's embeddings and the signal-to-noise ratio at each alpha.
+    """Report the signal-to-noise ratio (SNR) of a model's embeddings at alpha 5, 10 and 15, and alphas to try.
 
-    An alpha is marked if its noise is smaller than the rounding of the embeddings' dtype. With a config, that is the
-    dtype of the training run.
+    With DATA, also the records' lengths, and the alpha to which transformers' built-in NEFTune, whose length is the
+    batch's width, comes down at alpha 5.
     """
     parser = argparse.ArgumentParser(prog="neftune-hf inspect", description=run.__doc__)
-    parser.add_argument("model", help="name or folder of a model, or a config of `neftune-hf sft` (.yaml)")
-    parser.add_argument(
-        "--length",
-        type=float,
-        help="L, tokens per sequence (default: the mean over the records of a config's data set, else 512)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("model", help="name or folder of a model")
+    parser.add_argument("data", nargs="?", help="records in any format of `neftune-hf sft`; 2,000 at random are read")
+    text = "tokens after which a record is truncated, and of a packed row (default: %(default)s, TRL's)"
+    parser.add_argument("--max_length", type=int, default=1024, help=text)
+    parser.add_argument("--batch_size", type=int, default=8, help="for the built-in (default: %(default)s, TRL's)")
+    parser.add_argument("--packing", action="store_true", help="for the built-in: pack the records in rows")
     options = parser.parse_args(argv)
-    length = options.length
-    if length is not None and not 1 <= length <= 1e9:
-        raise NEFTuneConfigError(f"`--length` is {length:g}; it must be from 1 to 1e9 tokens.")
+    for name in ("max_length", "batch_size"):
+        if (value := getattr(options, name)) < 1:
+            raise NEFTuneConfigError(f"`--{name}` is {value}; it must be positive.")
 
-    from ..config import FIELDS, NEFTuneConfig
-
-    settings: dict[str, Any] = {"model_name_or_path": options.model}
-    is_config = options.model.endswith((".yaml", ".yml"))
-    if is_config:
-        settings = read_yaml(options.model, "model")
-        if "model_name_or_path" not in settings:
-            raise NEFTuneConfigError(f"`model` {options.model} has no `model_name_or_path`. Add it, or name a model.")
-    config = NEFTuneConfig(**{field: settings[field] for field in FIELDS if field in settings})
-    alphas = (float(config.neftune_noise_alpha),) if config.neftune_noise_alpha else ALPHAS
-    if length is None:
-        length = _mean_length(settings) if settings.get("dataset_name") else 512.0
-    model = _load(settings["model_name_or_path"])
-    reports = _reports(model, length, alphas, _training_dtype(settings) if is_config else None)
-    print(json.dumps(reports, indent=2) if options.json else _as_text(reports))
-
-
-def _mean_length(settings: dict[str, Any], sample: int = 1000) -> float:
-    """Mean number of tokens in the first records. Noise at this L has the mean power over all tokens of the records.
-
-    That is because the power summed over a sequence, L * alpha**2 / (3 * L * d), does not depend on L.
-    """
-    from transformers import AutoTokenizer
-
-    from .data import count_tokens, load_instructions, to_prompt_completion
-
-    name = settings["dataset_name"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
-    except (OSError, ValueError) as error:
-        raise NEFTuneConfigError(
-            f"`model` is {settings['model_name_or_path']}, but no tokenizer to count the tokens of {name} was found "
-            f"there: {first_line(error)} Give --length."
-        ) from error
-    splits, split = (
-        load_instructions(name, settings.get("dataset_config")),
-        settings.get("dataset_train_split", "train"),
-    )
-    if split not in splits:
-        raise DatasetError(f"`dataset_train_split` is {split}, but {name} has the splits {', '.join(splits)}.")
-    data = splits[split]
-    records = to_prompt_completion(data.select(range(min(sample, len(data)))), name, bool(tokenizer.chat_template))
-    texts = [record["text"] if "text" in record else record["prompt"] + record["completion"] for record in records]
-    if not isinstance(longest := settings.get("max_length", 1024) or math.inf, int | float):  # TRL's default
-        raise NEFTuneConfigError(f"`max_length` is {longest!r}; it must be a number of tokens.")
-    lengths = [min(length, longest) for length in count_tokens(tokenizer, texts) if length > 0]
-    if not lengths:
-        raise DatasetError(f"`dataset_name`: the first records of {name} have no tokens. Give --length.")
-    return sum(lengths) / len(lengths)
-
-
-def _load(name: str) -> "nn.Module":
-    """Load the model; on the meta device if there is only a config."""
-    import torch
+    import numpy as np
     import transformers
 
     transformers.logging.set_verbosity_error()
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NEFTuneConfigError(
-            f"`model` is {name}, but no model config was found there: {first_line(error)}"
-        ) from error
-    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise NEFTuneConfigError(
-            f"`model` {name} is a {architecture}, a class that transformers {transformers.__version__} does not have. "
-            "Upgrade transformers."
-        )
-    try:
-        return model_class.from_pretrained(name, dtype="auto")
-    except OSError:  # a config without weights
-        make = model_class.from_config if model_class is transformers.AutoModelForCausalLM else model_class
-        with torch.device("meta"):
-            return make(config)
+    with model_errors("model", options.model):
+        model = transformers.AutoModel.from_pretrained(options.model, dtype="auto")
+    if not options.data:
+        print("\n".join(_snr(model, np.array(_LENGTHS))))
+        return
+    lengths = _lengths(options.model, options.data, options.max_length)
+    quartiles = np.percentile(lengths, [25, 50, 75])
+    columns = np.append(quartiles, lengths.mean())
+    print("lengths        quartiles {:,.0f}, {:,.0f} and {:,.0f} tokens, mean {:,.0f}".format(*columns))
+    if options.packing:
+        per_row = options.max_length / lengths.mean()
+        print(f"packed         {per_row:,.1f} records in a row of {options.max_length:,} tokens")
+    print("\n".join([*_snr(model, columns), "", _builtin(lengths, options)]))
 
 
-def _training_dtype(settings: dict[str, Any]) -> "torch.dtype | None":
-    """The dtype to which a run with these settings casts the embeddings; None if it is the dtype of the weights."""
-    import torch
+def _lengths(model: str, data: str, max_length: int) -> "np.ndarray":
+    """The records' numbers of tokens, as TRL trains on them."""
+    import numpy as np
+    from transformers import AutoTokenizer
+    from trl.data_utils import is_conversational
 
-    if settings.get("fp16"):
-        return torch.float16
-    if settings.get("bf16", True):  # TRL's default
-        return torch.bfloat16
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return dtypes.get(settings.get("dtype", "float32"))  # TRL's default; None for "auto"
+    from .data import load_instructions, to_prompt_completion
+
+    with model_errors("model", model):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    splits = load_instructions(data)
+    split = "train" if "train" in splits else next(iter(splits))
+    sample = splits[split].shuffle(seed=0)
+    sample = to_prompt_completion(sample.select(range(min(_SAMPLE, len(sample)))), tokenizer, f"{data} ({split})")
+    lengths = []
+    for record in sample:
+        whole: Any = record["text"] if "text" in record else record["prompt"] + record["completion"]
+        if is_conversational(record):
+            text: Any = tokenizer.apply_chat_template(whole, tokenize=False)
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:  # TRL appends the end of sequence
+            tokens = [*tokenizer(whole)["input_ids"], tokenizer.eos_token_id]
+        lengths.append(min(len(tokens), max_length))
+    return np.array(lengths)
 
 
-def _reports(
-    model: "nn.Module", length: float, alphas: Sequence[float], dtype: "torch.dtype | None"
-) -> list[dict[str, Any]]:
-    """The size of the noise at each embedding of `model`, for sequences of `length` tokens; without weights, no RMS.
+def _snr(model: "nn.Module", lengths: "np.ndarray") -> list[str]:
+    """For each embedding, a table of the SNR by alpha and length. Words and advice are for the last length.
 
-    Args:
-        dtype (`torch.dtype`, *optional*): What the embeddings are cast to; `None` if that is their own dtype.
+    At the mean length the noise has its mean power over all tokens, because the power summed over a sequence,
+    L * alpha**2 / (3 * L * d), does not depend on L.
     """
     import torch
-    from torch import nn
 
     from ..embeddings import find_input_embeddings
     from ..noise import noise_rms, rounding_snr_db
 
-    reports = []
+    limit, lines = rounding_snr_db(torch.bfloat16), []
     for site in find_input_embeddings(model):
-        table = next(module for module in site.module.modules() if isinstance(module, nn.Embedding))
-        rms = None
-        if not table.weight.is_meta:
-            ids = torch.arange(table.num_embeddings, device=table.weight.device)
-            with torch.no_grad():
-                embeddings = torch.cat([site.module(chunk[None])[0].float() for chunk in ids.split(4096)])
-            rms = embeddings.square().mean().sqrt().item()
-        cast_to = dtype or table.weight.dtype
-        noise: dict[float, dict[str, Any]] = {
-            a: {"noise_rms": noise_rms(a, length, site.embedding_dim)} for a in alphas
-        }
-        for values in noise.values():
-            if rms:
-                values["snr_db"] = 20 * math.log10(rms / values["noise_rms"])
-                values["lost_in_rounding"] = values["snr_db"] > rounding_snr_db(cast_to)
-        reports.append({
-            "path": site.path, "class": type(site.module).__name__, "embedding_dim": site.embedding_dim,
-            "embedding_rms": rms, "dtype": str(cast_to).removeprefix("torch."), "length": length, "alphas": noise,
-        })  # fmt: skip
-    return reports
+        rms, d = _rms(site.module), site.embedding_dim
+        lines += ["", f"{site.path} ({type(site.module).__name__}, d={d}): RMS {rms:.4g}"]
+        lines += ["tokens   " + "".join(f"{length:>10,.0f}" for length in lengths) + f"   at {lengths[-1]:,.0f}:"]
+        for alpha in _ALPHAS:
+            snrs = [20 * math.log10(rms / noise_rms(alpha, length, d)) for length in lengths]
+            word = "louder than the embeddings" if snrs[-1] < 0 else "lost in bfloat16" if snrs[-1] > limit else "usual"
+            lines += [f"alpha {alpha:<3}" + "".join(f"{snr:>7.1f} dB" for snr in snrs) + f"   {word}"]
+        one = rms / noise_rms(1, lengths[-1], d)  # the alpha whose noise is as loud as the embeddings
+        lines += [f"SNR 20 dB at alpha {one / 10:.3g}, 10 dB at alpha {one / 10**0.5:.3g} ({lengths[-1]:,.0f} tokens)"]
+    return lines
 
 
-def _as_text(reports: list[dict[str, Any]]) -> str:
-    lines = []
-    for report in reports:
-        lines += ["{path} ({class}, d={embedding_dim})".format(**report)]
-        rms = report["embedding_rms"]
-        lines += [f"  embedding RMS   {'unknown (no weights)' if rms is None else f'{rms:.4g}'}"]
-        for alpha, values in report["alphas"].items():
-            line = f"  alpha {alpha:<4g}      noise RMS {values['noise_rms']:.4g} at {report['length']:,.0f} tokens"
-            if "snr_db" in values:
-                line += f", SNR {values['snr_db']:+.1f} dB"
-            if values.get("lost_in_rounding"):
-                line += f": lost in {report['dtype']}'s rounding; the paper used 5, 10 and 15"
-            lines.append(line)
-    return "\n".join(lines)
+def _rms(embedding: "nn.Module") -> float:
+    """RMS of the embeddings of all token ids, with the multiplier that some embedding modules have."""
+    import torch
+    from torch import nn
+
+    table = next(module for module in embedding.modules() if isinstance(module, nn.Embedding))
+    ids = torch.arange(table.num_embeddings, device=table.weight.device)
+    with torch.no_grad():
+        power = [embedding(chunk[None])[0].double().square().mean(dim=1) for chunk in ids.split(4096)]
+    return torch.cat(power).mean().sqrt().item()
+
+
+def _builtin(lengths: "np.ndarray", options: argparse.Namespace) -> str:
+    """The alpha that, with each record's own length, has the noise power of the built-in at alpha 5."""
+    import numpy as np
+
+    if options.packing:
+        widths, where = np.full(len(lengths), options.batch_size * options.max_length), "packed batches"
+    else:
+        batches = [lengths[start : start + options.batch_size] for start in range(0, len(lengths), options.batch_size)]
+        widths, where = np.concatenate([np.full(len(batch), batch.max()) for batch in batches]), "padded batches"
+    alpha = 5 * math.sqrt((lengths / widths).mean())
+    return f"transformers' built-in at alpha 5, in {where} of {options.batch_size}: effective alpha {alpha:.2g}"

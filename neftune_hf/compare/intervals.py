@@ -70,16 +70,16 @@ def mean_interval(*samples: np.ndarray, confidence: float = 0.95) -> Interval:
     return Interval(estimate, float(estimate - half), float(estimate + half), float(p_value))
 
 
-def linearised_log_ratio(values: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """A table whose mean is log(mean of `values` / mean of `baseline`), for [`mean_interval`].
+def linearised_log(values: np.ndarray) -> np.ndarray:
+    """A table whose mean is log(mean of `values`), for [`mean_interval`]; differences of two are for their ratio.
 
-    By the delta method, each element is the first-order contribution of its pair, so the records stay paired.
+    By the delta method, each element is its first-order contribution, so the records stay paired.
 
     Args:
-        values, baseline (`np.ndarray` of shape `(seeds, records)`): Positive on average.
+        values (`np.ndarray` of shape `(seeds, records)`): Positive on average.
     """
-    mean, base = values.mean(), baseline.mean()
-    return math.log(mean / base) + values / mean - baseline / base
+    mean = values.mean()
+    return math.log(mean) + values / mean - 1
 
 
 def _mean_squares(tables: list[np.ndarray]) -> list[tuple[float, int]]:

@@ -1,140 +1,123 @@
 """One run of a comparison: train, measuring the losses with the noise off, then complete prompts."""
 
+import argparse
 import dataclasses
+import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
+from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
+from ..errors import first_line
 from .metrics import record_losses
-from .runs import Run
+from .runs import fingerprint
 
 _POINTS = 4  # how often a run measures its losses
-# Rough shares of a run's time. The estimate of the time left evens out over whole runs.
-_TRAINING, _LOSSES, _COMPLETIONS = 0.5, 0.2, 0.3
 
-Report = Callable[[float], Any]
+Prompts = dict[str, list[dict[str, Any]]]
 
 
-class Workload(NamedTuple):
-    """What a process needs to train and measure any run of a comparison.
-
-    Attributes:
-        train_records: The number of training records.
-        prompts: Lists of `{"prompt", "reference"}`, by what they are prompts of.
-        make_trainer: Builds a run's Trainer, whose `eval_dataset` has the records `held_out` and `training`.
-        complete: A model's completions of a batch of prompts, as `{"text", "tokens", "ended"}`.
-        evaluate: A model's metrics on tasks, each a list over the task's documents.
-        snr_db: The signal-to-noise ratio of a Trainer's finished run, in dB; None without noise.
-    """
-
-    train_records: int
-    prompts: dict[str, list[dict[str, Any]]]
-    make_trainer: Callable[[Run], Any]
-    complete: Callable[[Any, list[Any]], list[dict[str, Any]]]
-    evaluate: Callable[[Any], dict[str, list[float]]]
-    snr_db: Callable[[Any], float | None]
-
-
-def train_and_measure(workload: Workload, run: Run, report: Report) -> dict[str, Any]:
-    """Train one run and measure it.
+def train_and_measure(
+    trainer: Any, name: str, prompts: Prompts, complete: Callable[..., list[list[int]]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train a run and measure it. Losses that are not numbers and completions that failed are results too.
 
     Args:
-        report (`Callable`): Called with the share of the run that is done.
+        trainer (`SFTTrainer`): Its `eval_dataset` has the records `held_out` and `training`.
+        name (`str`): For the progress bar.
+        prompts (`dict`): Lists of `{"prompt", "reference"}`, by what they are prompts of.
+        complete (`Callable`): Takes a model, a tokenizer, prompts and a limit; returns the completions' tokens.
+        options (`argparse.Namespace`): Those of `neftune-hf compare`.
     """
-    done = 0.0
-
-    def advance(share: float) -> None:
-        nonlocal done
-        done += share
-        report(min(done, 1.0))
-
-    advance(0.0)
-    trainer = workload.make_trainer(run)
     trainer.remove_callback(PrinterCallback)
-    curve = _LossCurve(trainer, advance)
+    curve = _LossCurve(trainer, name)
     trainer.add_callback(curve)
     trainer.train()
+    tokenizer, limit, tasks = trainer.processing_class, options.max_new_tokens, {}
+
+    def completions(model: Any, batch: list[Any]) -> list[dict[str, Any]]:
+        try:
+            rows = complete(model, tokenizer, batch, limit)
+        except Exception as error:  # after hours of training: whatever it is, the run's losses are kept
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+                raise  # the other processes would wait for this one
+            return [{"error": first_line(error)}] * len(batch)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
+        return [{"text": t, "tokens": len(r), "ended": len(r) < limit} for t, r in zip(texts, rows, strict=True)]
+
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-        completions = _completions(trainer, model, workload, advance)
-        tasks = workload.evaluate(model)
-    lengths = [len(ids) for ids in trainer.eval_dataset["training"]["input_ids"]]
-    result = {
-        "setting": run.setting,
-        "seed": run.seed,
-        "steps": trainer.state.max_steps,
-        "epochs": trainer.state.epoch,
-        "train_records": workload.train_records,
-        "mean_length": sum(lengths) / len(lengths),
-        "snr_db": workload.snr_db(trainer),
-        "curve": curve.points,
-        "losses": curve.losses,
-        "prompts": workload.prompts,
-        "completions": completions,
-        "tasks": tasks,
-    }
+        completed = {
+            group: _over_processes(
+                trainer, group, [row["prompt"] for row in rows], lambda part: completions(model, part)
+            )
+            for group, rows in prompts.items()
+        }
+        if options.tasks:
+            from .tasks import evaluate
+
+            tasks = evaluate(model, options.tasks, options.limit, tokenizer, trainer.args.per_device_eval_batch_size)
     trainer.accelerator.free_memory()
-    return result
-
-
-def _completions(trainer: Any, model: Any, workload: Workload, advance: Report) -> dict[str, list[dict[str, Any]]]:
-    completions = {}
-    for name, rows in workload.prompts.items():
-        part = _COMPLETIONS * len(rows) / sum(map(len, workload.prompts.values()))
-        completions[name] = _over_processes(
-            trainer.accelerator, [row["prompt"] for row in rows], trainer.args.per_device_eval_batch_size,
-            partial(workload.complete, model), advance, part,
-        )  # fmt: skip
-    return completions
+    lengths = [len(ids) for ids in trainer.eval_dataset["training"]["input_ids"]]
+    records = {group: fingerprint(rows["input_ids"]) for group, rows in trainer.eval_dataset.items()}
+    return {
+        "steps": trainer.state.max_steps, "epochs": trainer.state.epoch, "mean_length": sum(lengths) / len(lengths),
+        "curve": curve.points, "losses": curve.losses, "records": records,
+        "prompts": prompts, "completions": completed, "tasks": tasks,
+    }  # fmt: skip
 
 
 class _LossCurve(TrainerCallback):
     """Measures the losses of the evaluation records during training, and after it."""
 
-    def __init__(self, trainer: Any, advance: Report):
-        self.trainer, self.advance = trainer, advance
+    def __init__(self, trainer: Any, name: str):
+        self.trainer, self.name = trainer, name
         self.collate = dataclasses.replace(trainer.data_collator, padding_free=False)
         self.points: list[dict[str, float]] = []
         self.losses: dict[str, list[float]] = {}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, desc=self.name, leave=False, disable=not state.is_world_process_zero)
+
     def on_step_end(self, args, state, control, **kwargs):
-        self.advance(_TRAINING / state.max_steps)
+        self.bar.update()
         if state.global_step in {-(-state.max_steps * point // _POINTS) for point in range(1, _POINTS + 1)}:
-            self.losses = {name: self._measure(list(rows)) for name, rows in self.trainer.eval_dataset.items()}
-            means = {name: float(np.nanmean(losses)) for name, losses in self.losses.items()}
+            self.losses = {group: self._measure(list(rows)) for group, rows in self.trainer.eval_dataset.items()}
+            means = {name: _mean(losses) for name, losses in self.losses.items()}
             self.points.append({"step": state.global_step} | means)
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
     def _measure(self, rows: list[dict[str, Any]]) -> list[float]:
-        return _over_processes(
-            self.trainer.accelerator, rows, self.trainer.args.per_device_eval_batch_size,
-            lambda batch: record_losses(self.trainer.model, batch, self.collate),
-            self.advance, _LOSSES / _POINTS / 2, size=lambda row: len(row["input_ids"]),
-        )  # fmt: skip
+        def losses(batch: list[dict[str, Any]]) -> list[float]:
+            return record_losses(self.trainer.model, batch, self.collate)
+
+        return _over_processes(self.trainer, "losses", rows, losses, size=lambda row: len(row["input_ids"]))
+
+
+def _mean(losses: list[float]) -> float:
+    return float(np.nanmean(losses)) if not np.isnan(losses).all() else math.nan
 
 
 def _over_processes(
-    accelerator: Any,
-    items: list[Any],
-    batch_size: int,
-    measure: Callable[[list[Any]], list[Any]],
-    advance: Report,
-    part: float,
+    trainer: Any, title: str, items: list[Any], measure: Callable[[list[Any]], list[Any]],
     size: Callable[[Any], int] = lambda item: 0,
-) -> list[Any]:
+) -> list[Any]:  # fmt: skip
     """The results of `measure` for all items, computed in batches, largest items first, on all processes.
 
     Each process calls `measure` the same number of times, as the forward passes of a sharded model need it.
     """
+    accelerator, batch_size = trainer.accelerator, trainer.args.per_device_eval_batch_size
     with accelerator.split_between_processes(list(enumerate(items)), apply_padding=True) as local:
         local = sorted(local, key=lambda pair: -size(pair[1]))
         results: dict[int, Any] = {}
-        for start in range(0, len(local), batch_size):
+        starts = range(0, len(local), batch_size)
+        for start in tqdm(starts, desc=title, leave=False, disable=not accelerator.is_main_process):
             indices, batch = zip(*local[start : start + batch_size], strict=True)
             results |= dict(zip(indices, measure(list(batch)), strict=True))
-            advance(part * len(batch) / len(local))
         gathered = dict(gather_object(list(results.items())))
     return [gathered[index] for index in range(len(items))]

@@ -1,5 +1,8 @@
-"""The names of a comparison's runs."""
+"""A comparison's runs: their names, and the hash by which a finished one is known again."""
 
+import hashlib
+import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 
@@ -23,5 +26,9 @@ def setting_name(setting: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def file_name(name: str) -> str:
-    return name.replace(", ", "_").replace(" ", "-")
+def fingerprint(rows: Iterable[Any]) -> str:
+    """A hash of contents: the same in every process and on every machine, wherever the rows come from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:16]

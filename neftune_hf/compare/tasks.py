@@ -1,33 +1,27 @@
 """Tasks of lm-evaluation-harness, with the metrics of each document."""
 
 import contextlib
+import functools
 import io
 import logging
-from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+import lm_eval
 import numpy as np
-from lm_eval import simple_evaluate
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 
 from ..errors import NEFTuneConfigError, first_line
+from .runs import fingerprint
 
-Evaluate = Callable[[Any], dict[str, list[float]]]
 
-
-def load_tasks(names: str, limit: int | None, tokenizer: Any, batch_size: int) -> Evaluate:
-    """Load tasks with their data, and return a function that evaluates a model on them.
-
-    The function returns the metrics that are one number per document, each as a list in the order of the documents. In
-    several processes, all of them evaluate all documents, which keeps the forward passes of a sharded model in step.
+@functools.cache
+def load_tasks(names: str) -> tuple[Any, list[Any]]:
+    """Load tasks with their data; returns the harness's manager of tasks, and the tasks.
 
     Args:
         names (`str`): As in `lm_eval --tasks`: names or YAML files, separated by commas.
-        limit (`int`, *optional*): The number of documents of each task.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): If it has a chat template, the template is applied.
-        batch_size (`int`): Documents per forward pass.
 
     Raises:
         NEFTuneConfigError: A task is unknown, cannot be loaded, runs generated code, or needs images.
@@ -42,25 +36,33 @@ def load_tasks(names: str, limit: int | None, tokenizer: Any, batch_size: int) -
     for task in tasks:
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise NEFTuneConfigError(f"`--tasks`: {task.task_name} runs generated code or needs images. Leave it out.")
-
-    def evaluate(model: Any) -> dict[str, list[float]]:
-        with contextlib.redirect_stderr(io.StringIO()):  # the harness's own progress bars
-            results = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=tasks,
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=0,
-                apply_chat_template=bool(tokenizer.chat_template),
-            )
-        return _document_metrics(results["samples"]) if results else {}  # on each node, one process has results
-
-    return evaluate
+    return manager, tasks
 
 
-def _document_metrics(samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+def contents(names: str) -> str:
+    """A hash of the tasks' settings and documents, and of the harness's version."""
+    rows = (row for task in load_tasks(names)[1] for row in (task.dump_config(), *task.eval_docs))
+    return fingerprint([lm_eval.__version__, *rows])
+
+
+def evaluate(model: Any, names: str, limit: int | None, tokenizer: Any, batch_size: int) -> dict[str, list[float]]:
+    """The metrics that are one number per document, each as a list in the order of the documents.
+
+    In several processes, all of them evaluate all documents, which keeps the forward passes of a sharded model in step.
+
+    Args:
+        names (`str`): As for [`load_tasks`].
+        limit (`int`, *optional*): The number of documents of each task.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): If it has a chat template, the template is applied.
+        batch_size (`int`): Documents per forward pass.
+    """
+    manager, tasks = load_tasks(names)
+    network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    options: Any = {"bootstrap_iters": 0, "apply_chat_template": bool(tokenizer.chat_template)}
+    with contextlib.redirect_stderr(io.StringIO()):  # the harness's own progress bars
+        found = lm_eval.simple_evaluate(network, tasks=tasks, limit=limit, task_manager=manager, **options)
     values: dict[str, list[float]] = {}
-    for task, documents in samples.items():
+    for task, documents in (found["samples"] if found else {}).items():  # on each node, one process has results
         for document in sorted(documents, key=lambda document: document["doc_id"]):
             of_filter = "" if document["filter"] == "none" else f", {document['filter']}"
             for metric in document["metrics"]:

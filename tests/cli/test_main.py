@@ -1,157 +1,113 @@
-"""The command itself: fast help, versions, one-line errors for missing extras, and imports."""
+"""The command itself: fast help, versions, one-line errors, missing extras, and bugs with their traceback."""
 
-import importlib.metadata
 import re
-import shlex
 import subprocess
 import sys
+from importlib.metadata import metadata
 
 import pytest
 
 import neftune_hf
 from neftune_hf.cli import main
 from neftune_hf.cli.extras import how_to_install
+from neftune_hf.errors import NEFTuneConfigError
 
 from ..records import write
 
-WITHOUT_EXTRAS = "import sys\nfor name in ('trl', 'datasets', 'peft', 'bitsandbytes'): sys.modules[name] = None\n"
+WITHOUT_EXTRAS = "import sys\nfor name in ('trl', 'datasets', 'peft', 'scipy'): sys.modules[name] = None\n"
 
 
 def python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "compare", "generate", "run", "env"])
+@pytest.mark.parametrize("command", ["", "inspect", "compare", "generate", "run"])
 def test_help_loads_nothing_heavy(command):
-    """`--help` is fast, because it imports neither torch nor anything that depends on it.
-
-    That of `sft` lists the fields of TRL's classes.
-    """
+    """`--help` answers at once, and without the extras. That of `sft` lists the fields of TRL's classes."""
     arguments = [*filter(None, [command]), "--help"]
     result = python(
-        "import sys\nfrom neftune_hf.cli import main\n"
+        f"{WITHOUT_EXTRAS}from neftune_hf.cli import main\n"
         f"try:\n    main({arguments})\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets') if m in sys.modules])"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     assert f"usage: neftune-hf {command}" in result.stdout
     assert result.stdout.endswith("[]\n")
     if not command:
-        for name in ("sft", "inspect", "compare", "generate", "run", "env"):
-            assert f"\n    {name} " in result.stdout
+        assert re.findall(r"(?m)^    (\w+) ", result.stdout) == ["sft", "inspect", "compare", "generate", "run"]
 
 
 def test_python_m_is_the_same_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "neftune_hf", "--version"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", "neftune_hf", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == f"neftune_hf {neftune_hf.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["sft", "inspect", "generate", "run", "env"])
-def test_help_of_a_command_needs_no_extra(command):
-    result = python(WITHOUT_EXTRAS + f"from neftune_hf.cli import main\nmain(['{command}', '--help'])")
-    assert result.returncode == 0, result.stderr
-    assert f"usage: neftune-hf {command}" in result.stdout
-    if command == "sft":
-        for part in ("--config FILE", "--accelerate_config CONFIG", 'pip install "trl>=1.9" "datasets>='):
-            assert part in result.stdout
-
-
-@pytest.mark.parametrize("command", ["sft", "generate", "compare"])
+@pytest.mark.parametrize("command", [pytest.param("sft", marks=pytest.mark.slow), "generate"])
 def test_a_missing_extra_is_one_line(command, tmp_path):
     prompts = write(tmp_path / "prompts.json", [{"instruction": "x"}])
-    data = ["--model_name_or_path", "x", "--dataset_name", "x"]
-    arguments = {"sft": data, "generate": ["x", "--prompts", prompts, "-o", "o.json"], "compare": data}[command]
-    code = f"from neftune_hf.cli import main\nsys.exit(main({[command, *arguments]}))"
-    result = python(WITHOUT_EXTRAS + "sys.modules['scipy'] = None\n" + code)
+    arguments = {"sft": ["--help"], "generate": ["x", "--prompts", prompts, "-o", "o.json"]}[command]
+    result = python(f"{WITHOUT_EXTRAS}from neftune_hf.cli import main\nsys.exit(main({[command, *arguments]}))")
     assert result.returncode == 2
-    assert re.search(r' is not installed: pip install "(trl>=\S+" "datasets|datasets>=\S+" "trl)>=', result.stderr)
-    assert ('"scipy>=' in result.stderr) == (command == "compare")  # it names all that it needs and lacks
+    assert re.search(
+        r' is not installed: pip install "neftune_hf\[trl\]", which adds datasets>=\S+, trl>=', result.stderr
+    )
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("module", "packages"),
-    [("peft", ["peft"]), ("lm_eval", ["lm-eval"]), ("rouge_score", ["rouge-score"]), ("json", None), ("numpy", None)],
+    ("module", "command", "extra", "package"),
+    [
+        ("peft", "sft", "peft", "peft"),
+        ("trl", "compare", "compare", "trl"),
+        ("scipy", "compare", "compare", "scipy"),
+        ("lm_eval", "compare", "lm-eval", "lm-eval"),
+        ("rouge_score", "compare", "compare", "rouge-score"),
+    ],
 )
-def test_what_to_install_is_named_by_its_package(module, packages):
-    command = how_to_install(module)
-    assert (command and [re.match(r"[\w-]+", word)[0] for word in shlex.split(command)[2:]]) == packages
+def test_a_missing_module_names_its_extra_and_the_packages(module, command, extra, package):
+    """The extra of the command if it has the module, though by another extra; else the smallest that has it."""
+    said = how_to_install(module, command)
+    assert said.startswith(f'pip install "neftune_hf[{extra}]", which adds ')
+    assert re.search(rf"[ ,]{package}>=", said)
+    assert extra in metadata("neftune_hf").get_all("Provides-Extra")
 
 
-def test_the_trainer_names_the_same_packages():
-    code = "from neftune_hf.cli.extras import how_to_install\nprint(how_to_install('trl'))\n"
-    result = python(WITHOUT_EXTRAS + code + "from neftune_hf import NEFTuneSFTTrainer")
-    assert result.stderr.endswith(f"`NEFTuneSFTTrainer` needs trl: {result.stdout}")
-
-
-def test_an_interrupt_in_a_destructor_is_not_lost():
-    result = python(
-        "import sys, threading\nimport neftune_hf.cli.env\nfrom neftune_hf.cli import main\n"
-        "class Interrupted:\n    def __del__(self):\n        raise KeyboardInterrupt\n"
-        "def run(argv):\n    Interrupted()\n    threading.Event().wait(60)\n"
-        "neftune_hf.cli.env.run = run\nsys.exit(main(['env']))"
-    )
-    assert result.returncode == 130
-    assert result.stderr == "\nneftune-hf: interrupted.\n"
-
-
-def test_a_missing_file_of_prompts_is_refused_before_the_imports():
-    arguments = ["generate", "x", "--prompts", "absent.json", "-o", "o.json"]
-    result = python(f"import sys\nfrom neftune_hf.cli import main\nmain({arguments})\nprint('torch' in sys.modules)")
-    assert result.stdout == "False\n"
-    assert "`--prompts`: there is no file absent.json" in result.stderr
-
-
-def test_env_names_versions_and_the_device(capsys):
-    assert main(["env"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    for name in ("torch", "transformers", "trl", "peft"):
-        assert lines[name] == importlib.metadata.version(name)
-    assert lines["device"] == "cpu"
-    assert len(lines) < 20
+def test_a_module_of_no_extra_is_a_bug():
+    assert how_to_install("nothing_of_ours", "sft") is None
 
 
 @pytest.fixture
-def env_runs(monkeypatch):
-    """Lets `neftune-hf env` run lines of code, each in the module named before it, the outermost first."""
+def raising(monkeypatch):
+    """Lets `neftune-hf run` raise an error."""
 
-    def run(*lines):
-        call = None
-        for module, line in reversed(lines):
-            namespace = {"__name__": module, "call": call}
-            exec(f"def run(*arguments):\n    return {line}", namespace)
-            call = namespace["run"]
-        monkeypatch.setattr("neftune_hf.cli.env.run", call)
-        return main(["env"])
+    def run(error):
+        def fail(argv):
+            raise error
+
+        monkeypatch.setattr("neftune_hf.cli.run.run", fail)
+        return main(["run"])
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("error", "status", "line"),
     [
-        ([("neftune_hf.cli.env", "open('absent')")], "FileNotFoundError: [Errno 2] No such file"),
-        ([("neftune_hf.hooks", "call()"), ("torch", "open('absent')")], "FileNotFoundError: [Errno 2] No such file"),
-        ([("neftune_hf.cli.env", "call()"), ("trl", "{}['a']")], "KeyError in trl: 'a'"),
-        ([("neftune_hf.callback", "call()"), ("transformers", "int('a')")], "ValueError in transformers: invalid"),
+        (NEFTuneConfigError("`a` is\n1."), 2, "neftune-hf: NEFTuneConfigError: `a` is 1.\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "neftune-hf: FileNotFoundError: [Errno 2] No such file: 'x'\n"),
+        (ModuleNotFoundError("trl", name="trl"), 2, 'neftune-hf: trl is not installed: pip install "neftune_hf[trl]"'),
+        (KeyboardInterrupt("All is kept."), 130, "\nneftune-hf: interrupted. All is kept.\n"),
+        (KeyboardInterrupt(), 130, "\nneftune-hf: interrupted.\n"),
     ],
 )
-def test_errors_of_the_system_and_of_other_libraries_are_one_line(lines, message, env_runs, capsys):
-    assert env_runs(*lines) == 2
+def test_what_the_user_can_mend_is_one_line(error, status, line, raising, capsys):
+    assert raising(error) == status
     said = capsys.readouterr().err
-    assert said.startswith(f"neftune-hf: {message}")
-    assert said.count("\n") == 1
+    assert said.startswith(line)
+    assert said.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize(
-    ("lines", "kind"),
-    [
-        ([("neftune_hf.cli.env", "{}['a']")], KeyError),
-        ([("torch", "call()"), ("neftune_hf.hooks", "int('a')")], ValueError),
-        ([("neftune_hf.hooks", "call()"), ("torch", "{}['a']")], KeyError),
-    ],
-)
-def test_a_bug_here_shows_its_traceback(lines, kind, env_runs):
-    with pytest.raises(kind):
-        env_runs(*lines)
+@pytest.mark.parametrize("error", [KeyError("a"), ValueError("a"), ModuleNotFoundError("x", name="x")])
+def test_anything_else_shows_its_traceback(error, raising):
+    with pytest.raises(type(error)):
+        raising(error)

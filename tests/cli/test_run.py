@@ -17,9 +17,13 @@ trainer = make(sys.argv[1], alpha=float(sys.argv[2]) or None, max_steps=1)
 train(trainer)
 print([entry.get("neftune/alpha") for entry in trainer.state.log_history if "loss" in entry])
 """
+ASKS_FIRST = (
+    "import importlib.util, sys; assert importlib.util.find_spec('transformers.trainer'); del sys.argv[0]; "
+    "exec(open('train.py').read())"
+)
 CHILD = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
 START_LINE = "NEFTune: uniform noise, alpha 5 (constant), on model.embed_tokens"
-NO_NOISE = "no Trainer in its processes used NEFTune"
+NO_NOISE = "no process that it started has trained with NEFTune so far"
 
 
 @pytest.fixture
@@ -40,12 +44,11 @@ def run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    [[], [sys.executable, "-c", CHILD], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]],
-    ids=["itself", "child", "torchrun"],
-)  # fmt: skip
+    [[], ["-c", CHILD], ["-c", ASKS_FIRST], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]],
+    ids=["itself", "child", "asks for the module first", "torchrun"],
+)
 def test_the_patch_is_in_the_command_and_in_what_it_starts(command, run, tmp_path):
-    python = [] if "-c" in command else [sys.executable]
-    result = run(*python, *command, "train.py", str(tmp_path), "5")
+    result = run(sys.executable, *command, "train.py", str(tmp_path), "5")
     assert result.returncode == 0, result.stderr[-3000:]
     assert START_LINE in result.stderr
     assert "[5.0]" in result.stdout
@@ -61,6 +64,23 @@ def test_a_run_without_noise_is_said(command, run):
     assert result.returncode == 0, result.stderr[-3000:]
     assert NO_NOISE in result.stderr
     assert START_LINE not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_outlives_the_command_trains(run, tmp_path):
+    """`bash -c 'python train.py &'`: the command is over before the training begins."""
+    (tmp_path / "late.sh").write_text(
+        "(read line < go; $PYTHON train.py . 5 > said 2>&1; echo $? > status; echo done > finished) > /dev/null 2>&1 &"
+    )
+    for name in ("go", "finished"):
+        os.mkfifo(tmp_path / name)
+    result = run("bash", "late.sh", PYTHON=sys.executable)
+    assert result.returncode == 0
+    assert "One may still be running in the background" in result.stderr
+    (tmp_path / "go").write_text("go\n")
+    assert (tmp_path / "finished").read_text() == "done\n"
+    assert (tmp_path / "status").read_text() == "0\n", (tmp_path / "said").read_text()[-3000:]
+    assert START_LINE in (tmp_path / "said").read_text()
 
 
 def test_a_sitecustomize_of_the_users_own_runs_too(run, tmp_path):

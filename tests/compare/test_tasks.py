@@ -9,7 +9,7 @@ import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 
-from neftune_hf.compare.tasks import load_tasks
+from neftune_hf.compare.tasks import contents, evaluate, load_tasks
 from neftune_hf.errors import NEFTuneConfigError
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
@@ -48,14 +48,14 @@ def log_likelihood(model, tokenizer, text, continuation):
 def test_each_document_has_the_metric_of_its_choice(tmp_path):
     model, tokenizer = tiny_llama(), byte_tokenizer(chat=False)
     answers = [["red", "blue", "yellow"][n % 3] for n in range(6)]
-    evaluate = load_tasks(write_choices(tmp_path, answers), None, tokenizer, 2)
+    task = write_choices(tmp_path, answers)
     expected = []
     for n, answer in enumerate(answers):
         scores = {c: log_likelihood(model, tokenizer, f"What is colour {n}?", f" {c}") for c in COLOURS}
         expected.append(float(max(scores, key=scores.get) == answer))
     assert {0.0, 1.0} == set(expected)
-    assert evaluate(model) == {"colours (acc)": expected}
-    assert evaluate(model) == {"colours (acc)": expected}  # the next run of the same process
+    for _ in range(2):  # the next run of the same process
+        assert evaluate(model, task, None, tokenizer, 2) == {"colours (acc)": expected}
 
 
 def test_exact_match_of_a_completion_and_a_limit(tmp_path):
@@ -68,7 +68,7 @@ def test_exact_match_of_a_completion_and_a_limit(tmp_path):
     generation = {"until": ["\n\n\n"], "max_gen_toks": 4, "do_sample": False}
     settings = {"output_type": "generate_until", "metric_list": [exact], "generation_kwargs": generation}
     file = write_task(tmp_path, [right, "blue", "red"], **settings)
-    assert load_tasks(file, 2, tokenizer, 2)(model) == {"colours (exact_match)": [1.0, 0.0]}
+    assert evaluate(model, file, 2, tokenizer, 2) == {"colours (exact_match)": [1.0, 0.0]}
 
 
 def test_the_task_in_the_docs(tmp_path, monkeypatch):
@@ -78,10 +78,20 @@ def test_the_task_in_the_docs(tmp_path, monkeypatch):
     rows = [{"question": "The parcel is late.", "answer": answer} for answer in ("delivery", "")]
     Path("tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.setattr(HFLM, "generate_until", lambda self, requests: ["Delivery." for _ in requests])
-    assert load_tasks("tickets.yaml", None, byte_tokenizer(), 2)(tiny_llama()) == {"tickets (exact_match)": [1.0, 0.0]}
+    assert evaluate(tiny_llama(), "tickets.yaml", None, byte_tokenizer(), 2) == {"tickets (exact_match)": [1.0, 0.0]}
 
 
 @pytest.mark.parametrize("names", ["no_such_task", "no_such_file.yaml"])
 def test_what_cannot_be_loaded_is_named(names):
     with pytest.raises(NEFTuneConfigError, match=rf"`--tasks` {names} cannot be loaded: Tasks not found"):
-        load_tasks(names, None, byte_tokenizer(), 2)
+        load_tasks(names)
+
+
+def test_the_hash_of_a_task_is_that_of_its_documents_and_settings(tmp_path):
+    found = []
+    for name, answers in {"one": COLOURS, "two": COLOURS, "three": COLOURS[:2]}.items():
+        (tmp_path / name).mkdir()
+        file = write_choices(tmp_path / name, answers)
+        found.append(contents(file))
+    assert found[0] == contents(str(tmp_path / "one" / "colours.yaml"))
+    assert found[0] != found[2]

@@ -7,7 +7,7 @@ Trainer.
 
 import sys
 from importlib.machinery import PathFinder
-from importlib.util import find_spec, module_from_spec
+from importlib.util import module_from_spec
 from pathlib import Path
 
 
@@ -17,24 +17,28 @@ class PatchOnImport:
     def find_spec(self, name, path=None, target=None):
         if name != "transformers.trainer":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        execute = spec.loader.exec_module
+        spec = PathFinder.find_spec(name, path)
+        if spec and spec.loader:
+            execute = spec.loader.exec_module
 
-        def exec_module(module):
-            execute(module)
-            try:
-                from neftune_hf import patch_transformers
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    f"`neftune-hf run` started {sys.executable}, which has transformers but not {error.name}: install "
-                    "neftune_hf there, or run the command without `neftune-hf run`.",
-                    name=error.name,
-                ) from error
-            patch_transformers()
+            def exec_module(module):
+                execute(module)
+                patch()
 
-        spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module
         return spec
+
+
+def patch():
+    try:
+        from neftune_hf import patch_transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"`neftune-hf run` started {sys.executable}, which has transformers but not {error.name}: install "
+            "neftune_hf there, or run the command without `neftune-hf run`.",
+            name=error.name,
+        ) from error
+    patch_transformers()
 
 
 sys.meta_path.insert(0, PatchOnImport())
