@@ -15,12 +15,16 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, get_scheduler
 
-from neftune_hf import add_noise
+from neftune_hf import add_noise, attach
 from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
-from .conftest import ROOT
+from .conftest import ROOT, VOCAB, byte_tokenizer, leftovers, tiny_llama, token_dataset
+from .helpers import Probe
 from .records import records, write
 
 CACHE, UV = os.environ.get("NEFTUNE_HF_TOOLS"), shutil.which("uv", path=Path(sys.executable).parent)
@@ -251,3 +255,49 @@ def test_the_noise_is_ours_once_and_in_training_alone(tool, model_folder, tmp_pa
         torch.testing.assert_close(found["got"], add_noise(found["clean"], layout, 5, key))
     for found in others:
         assert torch.equal(found["got"], found["clean"])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_attach_in_the_loop_of_open_instruct(packing):
+    """The calls of allenai/open-instruct's open_instruct/finetune.py, commit e6c3044, in their order, in one process.
+
+    The script itself needs deepspeed. Its collator for packing gives what DataCollatorWithFlattening gives here.
+    """
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = tiny_llama()
+    model.resize_token_embeddings(VOCAB + 1, pad_to_multiple_of=8)
+    model.gradient_checkpointing_enable()
+    if packing:
+        collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    else:
+        collate = DataCollatorForSeq2Seq(byte_tokenizer(), model, padding="longest")
+    data = DataLoader(token_dataset(12), shuffle=True, collate_fn=collate, batch_size=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=6)
+    model, optimizer, data, scheduler = accelerator.prepare(model, optimizer, data, scheduler)
+
+    probe, batches = Probe(accelerator.unwrap_model(model)), []
+    with attach(model, neftune_noise_alpha=5, neftune_seed=3) as handle:
+        for epoch in range(2):
+            model.train()
+            data.set_epoch(epoch)
+            for batch in data:
+                batches.append(batch)
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(**batch, use_cache=False).loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    scheduler.step()
+        model.eval()
+        model(**batches[0])
+        assert list(handle.noised_steps.values()) == [6]
+    assert leftovers(model) == []
+
+    name = "position_ids" if packing else "attention_mask"
+    for number, (batch, (ids, got, clean)) in enumerate(zip(batches, probe.training, strict=True)):
+        layout = sequence_layout(ids, **{name: batch[name]})
+        torch.testing.assert_close(got, add_noise(clean, layout, 5, noise_key(3, step=number // 2)))
+    ((_, got, clean),) = probe.other
+    assert torch.equal(got, clean)
