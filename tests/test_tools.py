@@ -1,6 +1,6 @@
 """The tools in docs/tools.md, each in its own environment: two steps on CPU with the tool's own command.
 
-`scripts/tools.sh` sets NEFTUNE_HF_TOOLS to a folder for the environments, about 5 GB in total.
+`scripts/tools.sh` sets NEFTUNE_HF_TOOLS to a folder for the environments, about 7 GB in total.
 """
 
 import json
@@ -15,12 +15,16 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, get_scheduler
 
-from neftune_hf import add_noise
+from neftune_hf import add_noise, attach
 from neftune_hf.layout import sequence_layout
 from neftune_hf.noise import noise_key
 
-from .conftest import ROOT
+from .conftest import ROOT, VOCAB, byte_tokenizer, leftovers, tiny_llama, token_dataset
+from .helpers import Probe
 from .records import records, write
 
 CACHE, UV = os.environ.get("NEFTUNE_HF_TOOLS"), shutil.which("uv", path=Path(sys.executable).parent)
@@ -137,6 +141,26 @@ TOOLS = [
         {},
     ),
     Tool(
+        "oumi",
+        ["oumi==0.9"],
+        ["neftune-hf", "run", "--", "oumi", "train", "-c", "oumi.yaml"],
+        {
+            "oumi.yaml": {
+                "model": {"model_name": "model", "torch_dtype_str": "float32", "model_max_length": 256,
+                          "chat_template": "chat_ml"},
+                "data": {
+                    split: {"datasets": [{"dataset_name": "text_sft_jsonl", "dataset_path": "data.jsonl"}]}
+                    for split in ("train", "validation")
+                },
+                "training": {
+                    "trainer_type": "TRL_SFT", "max_steps": 2, "per_device_train_batch_size": 2,
+                    "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+                    "trainer_kwargs": {"neftune_noise_alpha": 5}, "seed": 3, "output_dir": "out",
+                },
+            }
+        },
+    ),
+    Tool(
         "sentence-transformers",
         ["sentence-transformers[train]==6.2.0"],
         ["neftune-hf", "run", "--", "python", "train.py", "model", "data.jsonl", "out"],
@@ -160,23 +184,24 @@ TOOLS = [
 ]  # fmt: skip
 # Not needed for a text model, and PyPI's builds load only with the CUDA build of torch.
 LEFT_OUT = ("torchvision", "torchaudio", "xformers")
+TORCH = "torch==2.13.0"  # overrides the tools' own bounds: oumi 0.9 asks for less than 2.13
 
 
 def environment(tool: Tool) -> Path:
     """The folder with the commands of a tool's environment, which is created once."""
     folder = Path(CACHE).resolve() / tool.name
-    wanted, made = "\n".join(["torch==2.13.0", *tool.packages]), folder / "made"
+    wanted, made = "\n".join([TORCH, *tool.packages]), folder / "made"
     if not made.exists() or made.read_text() != wanted:
         folder.mkdir(parents=True, exist_ok=True)
-        left_out = folder.parent / "left_out.txt"
-        left_out.write_text("".join(f"{name}; python_version < '3'\n" for name in LEFT_OUT))
+        overrides = folder.parent / "overrides.txt"
+        overrides.write_text("\n".join([TORCH, *(f"{name}; python_version < '3'" for name in LEFT_OUT)]))
         variables = os.environ | {"VIRTUAL_ENV": str(folder)}
         if "PIP_FIND_LINKS" in os.environ:
             variables.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
         packages = [package.replace("@ ROOT", f"@ {ROOT.as_uri()}") for package in wanted.split("\n")]
         for command in (
             ["venv", "--quiet", "--clear", "--python", sys.executable, folder],
-            ["pip", "install", "--quiet", "--override", left_out, f"--editable={ROOT}", *packages],
+            ["pip", "install", "--quiet", "--override", overrides, f"--editable={ROOT}", *packages],
         ):
             subprocess.run([UV, *command], check=True, env=variables)
         for site_packages in folder.glob("lib/python*/site-packages"):
@@ -207,7 +232,7 @@ def test_the_noise_is_ours_once_and_in_training_alone(tool, model_folder, tmp_pa
         env=os.environ | {
             "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(tmp_path / "probe"),
             "PROBE_FOLDER": str(tmp_path / "passes"), "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1",
-            "HF_HOME": str(tmp_path / "home"),
+            "DO_NOT_TRACK": "1", "HF_HOME": str(tmp_path / "home"),
         },
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -230,3 +255,49 @@ def test_the_noise_is_ours_once_and_in_training_alone(tool, model_folder, tmp_pa
         torch.testing.assert_close(found["got"], add_noise(found["clean"], layout, 5, key))
     for found in others:
         assert torch.equal(found["got"], found["clean"])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_attach_in_the_loop_of_open_instruct(packing):
+    """The calls of allenai/open-instruct's open_instruct/finetune.py, commit e6c3044, in their order, in one process.
+
+    The script itself needs deepspeed. Its collator for packing gives what DataCollatorWithFlattening gives here.
+    """
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = tiny_llama()
+    model.resize_token_embeddings(VOCAB + 1, pad_to_multiple_of=8)
+    model.gradient_checkpointing_enable()
+    if packing:
+        collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    else:
+        collate = DataCollatorForSeq2Seq(byte_tokenizer(), model, padding="longest")
+    data = DataLoader(token_dataset(12), shuffle=True, collate_fn=collate, batch_size=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=6)
+    model, optimizer, data, scheduler = accelerator.prepare(model, optimizer, data, scheduler)
+
+    probe, batches = Probe(accelerator.unwrap_model(model)), []
+    with attach(model, neftune_noise_alpha=5, neftune_seed=3) as handle:
+        for epoch in range(2):
+            model.train()
+            data.set_epoch(epoch)
+            for batch in data:
+                batches.append(batch)
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(**batch, use_cache=False).loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    scheduler.step()
+        model.eval()
+        model(**batches[0])
+        assert list(handle.noised_steps.values()) == [6]
+    assert leftovers(model) == []
+
+    name = "position_ids" if packing else "attention_mask"
+    for number, (batch, (ids, got, clean)) in enumerate(zip(batches, probe.training, strict=True)):
+        layout = sequence_layout(ids, **{name: batch[name]})
+        torch.testing.assert_close(got, add_noise(clean, layout, 5, noise_key(3, step=number // 2)))
+    ((_, got, clean),) = probe.other
+    assert torch.equal(got, clean)
