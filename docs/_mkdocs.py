@@ -1,7 +1,6 @@
 """For mkdocs: the version in the header, and docstrings in Hugging Face's style as mkdocstrings reads them.
 
-[`name`] becomes a link, `name (`type`, *optional*, defaults to `x`):` becomes `name (type):`, and `**fields` becomes the
-settings.
+[`name`] becomes a link, and `name (`type`, *optional*, defaults to `x`):` becomes `name (type):`.
 """
 
 import re
