@@ -63,7 +63,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def names(folder, monkeypatch) -> dict:
-    """What examples in docstrings assume."""
+    """What examples in docstrings assume, besides the folder `configs`."""
+    (folder / "configs").symlink_to(ROOT / "configs")
     # TRL's configs default to bf16, which transformers accepts only on a GPU.
     for module in ("transformers.utils", "transformers.training_args"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
