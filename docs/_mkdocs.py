@@ -26,6 +26,15 @@ class HuggingFaceDocstrings(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = as_googles(obj.docstring.value)
 
+    def on_function(self, *, func: griffe.Function, **kwargs) -> None:
+        if "fields" in func.parameters:  # the docstring says which
+            func.parameters["fields"].annotation = func.parameters["fields"].default = None
+
+    def on_attribute(self, *, attr: griffe.Attribute, **kwargs) -> None:
+        """A setting's value is its default, without the text of its help."""
+        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "_field":
+            attr.value = attr.value.arguments[0]
+
 
 def as_googles(docstring: str) -> str:
     text = re.sub(r"(?m)^( +[\w*, ]+) \(\[?`(.+?)`\]?(?:, \*optional\*|, defaults to `.*`)?\):", r"\1 (\2):", docstring)
