@@ -48,6 +48,7 @@ SFT_FIELDS = {
     for config in (neftune_hf.NEFTuneSFTConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
     for field in dataclasses.fields(config)
 }
+RECORDS = re.findall(r"`(\{.*\})` \|", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"))
 USES = re.findall(r"(?m)^\| ([^|]+) \| `([^`]+)` \|", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
 
 
@@ -131,6 +132,13 @@ def check_command(name: str, words: list[str], capsys) -> None:
         assert options <= set(re.findall(r"-[-\w]+", capsys.readouterr().out))
     for config in (words[words.index(option) + 1] for option in options & {"--config"}):
         assert (ROOT / "configs" / f"{config}.yaml").is_file()
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_commands_take_each_format_of_records(record, folder, capsys):
+    (folder / "records.jsonl").write_text(record)
+    cli.main(["inspect", HUB_MODEL, "records.jsonl"])
+    assert "effective alpha 5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("example", SETTINGS)
