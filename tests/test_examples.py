@@ -69,6 +69,7 @@ def names(folder, monkeypatch) -> dict:
     # TRL's configs default to bf16, which transformers accepts only on a GPU.
     for module in ("transformers.utils", "transformers.training_args"):
         monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr("transformers.trainer_callback.PrinterCallback.on_log", lambda *_, **__: None)
     model, dataset = tiny_llama().train(), token_dataset(rows=4, shortest=8, longest=8)
     ids = dataset.with_format("torch")["input_ids"][:]
     args = TrainingArguments(use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2)
