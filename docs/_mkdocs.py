@@ -30,7 +30,7 @@ class HuggingFaceDocstrings(griffe.Extension):
         if "fields" in func.parameters:  # the docstring says which
             func.parameters["fields"].annotation = func.parameters["fields"].default = None
 
-    def on_attribute(self, *, attr: griffe.Attribute, **kwargs) -> None:
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs) -> None:
         """A setting's value is its default, without the text of its help."""
         if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "_field":
             attr.value = attr.value.arguments[0]
