@@ -1,14 +1,13 @@
 """NEFTune on a tiny model of every type that transformers maps to a language model.
 
-python -m tests.model_types > docs/models.md
+python -m tests.model_types > docs/models.csv
 python -m tests.model_types t5 gemma3
 """
 
+import csv
 import math
-import re
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -142,17 +141,7 @@ def sweep(model_types=()):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    rows = list(sweep(sys.argv[1:]))
-    counts = Counter(row.result.split(":")[0] for row in rows)
-    print("# Model types\n")
-    print(
-        f"Tiny models of every type that transformers {transformers.__version__} maps to a language model, built from "
-        "their config classes and run on text, by `python -m tests.model_types`. *noised*: each embedding, "
-        "with the paper's power, on real tokens only, and it reaches the logits; evaluation, and everything "
-        "after removal, is bit-identical to the model without NEFTune. *refused*: `EmbeddingNotFoundError`. *fails* "
-        "and *not built*: the small config or a batch of text alone does not suit this type, and NEFTune was not "
-        "tried. " + ", ".join(f"{count} {result}" for result, count in counts.most_common()) + ".\n"
-    )
-    print("| task | model type | result | class | sites |\n|---|---|---|---|---|")
-    for row in rows:
-        print("|", " | ".join(re.sub(r"[|]", "/", value) for value in vars(row).values()), "|")
+    rows = list(sweep(sys.argv[1:]))  # before the header, so that what a model prints is not in between
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["task", "model_type", "result", "class", "sites"])
+    writer.writerows(vars(row).values() for row in rows)

@@ -27,6 +27,6 @@ def test_the_notebook_runs(tmp_path, model_folder, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    assert "model.embed_tokens (Embedding, d=32)" in printed
+    assert "embed_tokens (Embedding, d=32)" in printed
     assert printed.count("held-out loss") == 2
     assert (tmp_path / "outputs").is_dir()
