@@ -104,6 +104,25 @@ def test_layouts():
             assert not torch.allclose(one, other)
 
 
+def test_sampling_strategies(tmp_path):
+    """`train_sampling_strategy` changed"""
+    widths = {}
+    for strategy in ("random", "group_by_length", "batch_rebalance"):
+        settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4, "max_steps": 1}
+        trainer = make(tmp_path, alpha=ALPHA, train_sampling_strategy=strategy, **settings)
+        probe = Probe(trainer.model)
+        train(trainer)
+        found = {}
+        for ids, noised, clean in probe.training:
+            for row, noise in zip(ids, noised - clean, strict=True):
+                assert rms(noise) == pytest.approx(expected(ids.shape[1]), rel=0.25)
+                found[tuple(row[row != 2].tolist())] = ids.shape[1]
+        widths[strategy] = [found[record] for record in sorted(found, key=lambda record: (len(record), record))]
+    shortest = {strategy: width[0] for strategy, width in widths.items()}
+    assert shortest["random"] > 2 * shortest["group_by_length"]
+    assert shortest["random"] > 1.5 * shortest["batch_rebalance"]
+
+
 SIZES = {"vocab_size": VOCAB, "d_model": 16, "decoder_start_token_id": 0}
 LAYERS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 FEED = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "dropout": 0.0}
