@@ -1,11 +1,11 @@
 """What NEFTune costs: no noise, transformers' built-in and this library, interleaved in one process; medians.
 
-    python scripts/benchmark.py -o benchmark.json                 # ten minutes on 2 CPU cores
+    python scripts/benchmark.py -o benchmark.json                 # five minutes on 2 CPU cores
     python scripts/benchmark.py --device cuda --parts hook step
 
 `hook` times calls of an embedding whose output is ready, `step` whole training steps. Each ratio is the median of the
-ratios of times in the same round. On a CPU `hook` also runs with an allocator that keeps freed blocks, since page
-faults in large new blocks make the built-in look worse than it is.
+ratios of times in the same round. On a CPU page faults in large new blocks make the built-in look worse than it is;
+with MALLOC_MMAP_THRESHOLD_=4398046511104 MALLOC_TRIM_THRESHOLD_=4398046511104 glibc keeps freed blocks.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from neftune_hf import attach, sequence_layout
 
 CPU_SHAPES = [(4, 512, 768), (8, 512, 2048), (4, 2048, 4096), (8, 2048, 4096)]
 GPU_SHAPES = [(1, 128, 576), (4, 512, 576), (8, 1024, 576), (4, 2048, 4096), (8, 2048, 4096), (8, 4096, 8192)]
-KEEP_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 42), "MALLOC_TRIM_THRESHOLD_": str(1 << 42)}
 
 
 class Ready(nn.Module):
@@ -44,8 +43,8 @@ class Ready(nn.Module):
         return self.embedding(input_ids)
 
 
-def padded_batch(batch: int, length: int, device: str, vary: bool = True) -> dict[str, torch.Tensor]:
-    lengths = torch.linspace(length // 4, length, batch).long() if vary else torch.full((batch,), length)
+def padded_batch(batch: int, length: int, device: str) -> dict[str, torch.Tensor]:
+    lengths = torch.linspace(length // 4, length, batch).long()
     mask = (torch.arange(length) < lengths[:, None]).long().to(device)
     return {"input_ids": mask.clone(), "attention_mask": mask}
 
@@ -89,16 +88,14 @@ def summary(times: dict[str, list[float]], pairs: list[tuple[str, str]]) -> dict
 
 def hook(device: str, repeats: int) -> list[dict]:
     """Calls of an embedding whose output is ready, a copy of that output, and the layout alone."""
-    rows = []
+    rows, pairs = [], [("built-in", "ours"), ("ours", "copy"), ("layout", "ours")]
     for dtype in (torch.float32, torch.bfloat16):
         for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
-            for vary in (False, True):
-                given, output = padded_batch(*shape[:2], device, vary), torch.randn(shape, dtype=dtype, device=device)
-                parts = {"copy": output.clone, "layout": lambda given=given: sequence_layout(**given)}
-                calls = trio(lambda output=output: Ready(output).train(), lambda model, given=given: model(**given))
-                pairs = [("built-in", "ours"), ("ours", "copy"), ("layout", "ours")]
-                about = {"dtype": str(dtype)[6:], "shape": shape, "lengths": "varying" if vary else "equal"}
-                rows.append(about | summary(timed(calls | parts, repeats, device), pairs))
+            given, output = padded_batch(*shape[:2], device), torch.randn(shape, dtype=dtype, device=device)
+            candidates = trio(lambda output=output: Ready(output).train(), lambda model, given=given: model(**given))
+            candidates |= {"copy": output.clone, "layout": lambda given=given: sequence_layout(**given)}
+            times = timed(candidates, repeats, device)
+            rows.append({"dtype": str(dtype)[6:], "shape": shape} | summary(times, pairs))
     return rows
 
 
@@ -122,16 +119,17 @@ def peak_memory(run) -> int:
 
 
 def training_steps(device: str, given: dict[str, torch.Tensor], is_compiled: bool) -> dict:
-    forwards, optimizers = {}, {}
+    optimizers = {}
 
     def make():
         model = llama(device)
-        forwards[model] = torch.compile(model, dynamic=False) if is_compiled else model
+        if is_compiled:
+            model.compile(dynamic=False)
         optimizers[model] = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         return model
 
     def run(model):
-        forwards[model](**given, labels=given["input_ids"], use_cache=False).loss.backward()
+        model(**given, labels=given["input_ids"], use_cache=False).loss.backward()
         optimizers[model].step()
         optimizers[model].zero_grad()
 
@@ -162,16 +160,6 @@ def fixed(device: str, repeats: int) -> list[dict]:
     return [{f"{name}, ms": 1e3 * statistics.median(values) for name, values in seconds.items()}]
 
 
-def measured(part: str, options: argparse.Namespace, environment: dict[str, str]) -> list[dict]:
-    """The rows of a part, each in a new process."""
-    command = [sys.executable, __file__, "--child", part, "--device", options.device, "--repeats", str(options.repeats)]
-    rows = []
-    for threads in (1, 2) if options.device == "cpu" and part != "fixed" else (os.cpu_count(),):
-        printed = subprocess.check_output(command, env=os.environ | environment | {"OMP_NUM_THREADS": str(threads)})
-        rows += [{"threads": threads} | row for row in json.loads(printed.splitlines()[-1])]
-    return rows
-
-
 def show(title: str, rows: list[dict]) -> None:
     """A table, and the median and range of each ratio over the shapes."""
     print(f"\n{title}\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}", flush=True)
@@ -196,23 +184,19 @@ def main() -> None:
     parser.add_argument("--parts", choices=parts, nargs="+", default=list(parts))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, help="JSON file, written again after each part")
-    parser.add_argument("--child", choices=parts, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        print(json.dumps(parts[options.child](options.device, options.repeats)))
-        return
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
     results = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    results["keeps freed blocks"] = "MALLOC_TRIM_THRESHOLD_" in os.environ
     print(results)
     for part in options.parts:
-        allocators = {part: {}}
-        if part == "hook" and options.device == "cpu":
-            allocators = {"hook, default allocator": {}, "hook, freed blocks kept": KEEP_BLOCKS}
-        for title, environment in allocators.items():
-            results[title] = measured(part, options, environment)
-            show(title, results[title])
-            if options.output:
-                options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results[part] = rows = []
+        for threads in (1, 2) if options.device == "cpu" and part != "fixed" else (torch.get_num_threads(),):
+            torch.set_num_threads(threads)
+            rows += [{"threads": threads} | row for row in parts[part](options.device, options.repeats)]
+        show(part, rows)
+        if options.output:
+            options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
