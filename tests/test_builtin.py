@@ -1,4 +1,4 @@
-"""What README's table says of transformers' built-in: one test a row, run against the installed transformers.
+"""What docs/from_the_builtin.md says of transformers' built-in, run against the installed transformers: a test a row.
 
 If one fails after an upgrade, its row no longer holds: correct both. The docstring of each is the row's first cell.
 """
@@ -34,8 +34,8 @@ from .helpers import COMMON, Probe, losses, make, train
 ALPHA = 5
 
 
-def test_each_row_of_readme_has_a_test_here():
-    table = (ROOT / "README.md").read_text().partition("| situation |")[2].partition("\n\n")[0]
+def test_each_row_of_the_table_has_a_test_here():
+    table = (ROOT / "docs" / "from_the_builtin.md").read_text().partition("| situation |")[2].partition("\n\n")[0]
     tests = [test for name, test in globals().items() if name.startswith("test_")][1:]
     assert [test.__doc__ for test in tests] == re.findall(r"^\| (.+?) \|", table, re.MULTILINE)
 
