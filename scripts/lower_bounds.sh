@@ -31,7 +31,7 @@ PYTHON
 (cd "$folder" && HF_HUB_OFFLINE=1 "$python" -I example.py) 2>&1 | tee "$folder/log"
 grep -q "'neftune/snr_db'" "$folder/log"
 # Names that need an extra say which.
-says_what_to_install() { { "$python" -I "$@" 2>&1 || true; } | tail -1 | grep 'pip install "trl>='; }
+says_what_to_install() { { "$python" -I "$@" 2>&1 || true; } | tail -1 | grep -E 'pip install "(trl>=|neftune_hf\[)'; }
 says_what_to_install -c 'from neftune_hf import NEFTuneSFTTrainer'
 says_what_to_install -m neftune_hf sft --model_name_or_path x --dataset_name x
 
