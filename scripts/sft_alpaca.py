@@ -1,4 +1,4 @@
-"""NEFTune on Alpaca, or on any instruction set that `neftune-hf sft` reads, in Python.
+"""NEFTune on Alpaca, Evol-Instruct, or any instruction set that `neftune-hf sft` reads, in Python.
 
     accelerate launch scripts/sft_alpaca.py --config configs/alpaca_llama2_7b.yaml
     python scripts/sft_alpaca.py --config configs/alpaca_smollm2.yaml --neftune_noise_alpha 10
@@ -10,24 +10,21 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from neftune_hf import NEFTuneSFTConfig, NEFTuneSFTTrainer
-from neftune_hf.cli.data import keep_usable, load_instructions, to_prompt_completion
+from neftune_hf.cli.data import load_instructions, to_prompt_completion
 
 
 def main():
     parser = TrlParser((ScriptArguments, NEFTuneSFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
-    name = script_args.dataset_name
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    data = load_instructions(name)[script_args.dataset_train_split]
-    # {"prompt": ..., "completion": ...}, with the loss on the completion. The prompt has the model's chat template, or
-    # without one it is the paper's: Stanford Alpaca's. Of a conversation, each answer is a completion.
-    data = to_prompt_completion(data, name, bool(tokenizer.chat_template))
-    data = keep_usable(data, name, tokenizer, training_args.max_length)
+    data = load_instructions(script_args.dataset_name)[script_args.dataset_train_split]
     training_args.model_init_kwargs = {"dtype": model_args.dtype}
     trainer = NEFTuneSFTTrainer(
-        model_args.model_name_or_path,
-        training_args,
-        train_dataset=data,
+        model=model_args.model_name_or_path,
+        args=training_args,
+        # {"prompt": ..., "completion": ...}, with the loss on the completion. The prompt has the model's chat template,
+        # or without one it is the paper's: Stanford Alpaca's. Of a conversation, each answer is a completion.
+        train_dataset=to_prompt_completion(data, tokenizer),
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -2,16 +2,17 @@
 
     python scripts/sft_seq2seq.py google/flan-t5-small records.jsonl --max_steps 1000
 
-Each line of the data has a `prompt` and a `completion`.
+The records have any format of `neftune-hf sft` that has prompts and completions.
 """
 
 import argparse
 
-from datasets import load_dataset
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
-from transformers import Seq2SeqTrainingArguments as Arguments
+import transformers
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer
+from trl.data_utils import maybe_apply_chat_template
 
 from neftune_hf import NEFTuneCallback
+from neftune_hf.cli.data import load_instructions, to_prompt_completion
 
 
 def main(argv: list[str] | None = None) -> Seq2SeqTrainer:
@@ -24,16 +25,20 @@ def main(argv: list[str] | None = None) -> Seq2SeqTrainer:
     options = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
-    data = load_dataset("json", data_files=options.data, split="train")
-    data = data.map(
-        lambda row: tokenizer(row["prompt"], text_target=row["completion"], truncation=True, max_length=512),
-        remove_columns=data.column_names,
+
+    def tokenized(record: dict) -> dict:
+        record = maybe_apply_chat_template(record, tokenizer)
+        return tokenizer(record["prompt"], text_target=record["completion"], truncation=True, max_length=512)
+
+    data = to_prompt_completion(load_instructions(options.data)["train"], tokenizer)
+    args = transformers.Seq2SeqTrainingArguments(
+        output_dir=options.output_dir, max_steps=options.max_steps, logging_steps=10, report_to="none"
     )
     trainer = Seq2SeqTrainer(
-        model,
-        Arguments(options.output_dir, max_steps=options.max_steps, logging_steps=10, report_to="none"),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
-        train_dataset=data,
+        model=model,
+        args=args,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer=tokenizer, model=model),
+        train_dataset=data.map(tokenized, remove_columns=data.column_names),
         callbacks=[NEFTuneCallback(neftune_noise_alpha=options.neftune_noise_alpha)],
     )
     trainer.train()

@@ -1,6 +1,7 @@
 """Tiny models from config classes and a byte tokenizer, without downloads."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -8,7 +9,8 @@ if "HF_DATASETS_CACHE" not in os.environ:  # do not fill the user's cache
     _cache = tempfile.TemporaryDirectory()
     os.environ["HF_DATASETS_CACHE"] = _cache.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):
+# Only `-m gpu` uses a GPU, unless CUDA_VISIBLE_DEVICES is set.
+if "gpu" not in sys.argv and not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported
 
 import pytest

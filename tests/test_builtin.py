@@ -1,4 +1,4 @@
-"""What README's table says of transformers' built-in: one test a row, run against the installed transformers.
+"""What docs/from_the_builtin.md says of transformers' built-in, run against the installed transformers: a test a row.
 
 If one fails after an upgrade, its row no longer holds: correct both. The docstring of each is the row's first cell.
 """
@@ -34,8 +34,8 @@ from .helpers import COMMON, Probe, losses, make, train
 ALPHA = 5
 
 
-def test_each_row_of_readme_has_a_test_here():
-    table = (ROOT / "README.md").read_text().partition("| situation |")[2].partition("\n\n")[0]
+def test_each_row_of_the_table_has_a_test_here():
+    table = (ROOT / "docs" / "from_the_builtin.md").read_text().partition("| situation |")[2].partition("\n\n")[0]
     tests = [test for name, test in globals().items() if name.startswith("test_")][1:]
     assert [test.__doc__ for test in tests] == re.findall(r"^\| (.+?) \|", table, re.MULTILINE)
 
@@ -102,6 +102,25 @@ def test_layouts():
     for i, one in enumerate(found):
         for other in found[i + 1 :]:
             assert not torch.allclose(one, other)
+
+
+def test_sampling_strategies(tmp_path):
+    """`train_sampling_strategy` changed"""
+    widths = {}
+    for strategy in ("random", "group_by_length", "batch_rebalance"):
+        settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4, "max_steps": 1}
+        trainer = make(tmp_path, alpha=ALPHA, train_sampling_strategy=strategy, **settings)
+        probe = Probe(trainer.model)
+        train(trainer)
+        found = {}
+        for ids, noised, clean in probe.training:
+            for row, noise in zip(ids, noised - clean, strict=True):
+                assert rms(noise) == pytest.approx(expected(ids.shape[1]), rel=0.25)
+                found[tuple(row[row != 2].tolist())] = ids.shape[1]
+        widths[strategy] = [found[record] for record in sorted(found, key=lambda record: (len(record), record))]
+    shortest = {strategy: width[0] for strategy, width in widths.items()}
+    assert shortest["random"] > 2 * shortest["group_by_length"]
+    assert shortest["random"] > 1.5 * shortest["batch_rebalance"]
 
 
 SIZES = {"vocab_size": VOCAB, "d_model": 16, "decoder_start_token_id": 0}

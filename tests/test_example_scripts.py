@@ -1,6 +1,5 @@
 """The scripts and commands to copy, each for a few steps with a tiny model. test_train_ranks runs ray_train.py."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -26,15 +25,18 @@ from transformers import (
 
 from .conftest import ROOT, VOCAB, byte_tokenizer
 from .helpers import cpu_environment
+from .records import records, write
+
+FORMATS = {
+    "instructions": records("tatsu-lab/alpaca", 12),
+    "conversations": records("WizardLMTeam/WizardLM_evol_instruct_V2_196k", 12),
+    "text": [{"text": "Noise on embeddings. " * n} for n in range(1, 13)],
+}
 
 
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_the_custom_loop(tmp_path, model_folder, capsys):
-    data = write(tmp_path / "data.jsonl", [{"text": "Noise on embeddings. " * n} for n in range(1, 13)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_custom_loop(name, tmp_path, model_folder, capsys):
+    data = write(tmp_path / "data.jsonl", FORMATS[name])
     handle = custom_loop.main([model_folder, data, "--max_steps", "3", "--output_dir", str(tmp_path / "out")])
     assert list(handle.noised_steps.values()) == [3]
     assert re.fullmatch(r"step 3: held-out loss \d\.\d{4}, SNR -?\d+\.\d dB\n", capsys.readouterr().out)
@@ -47,7 +49,7 @@ def test_the_encoder_decoder(tmp_path, monkeypatch):
     model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, decoder_start_token_id=2, **settings))
     model.save_pretrained(tmp_path / "t5")
     byte_tokenizer().save_pretrained(tmp_path / "t5")
-    data = write(tmp_path / "data.jsonl", [{"prompt": "Say " * n, "completion": "yes " * n} for n in range(1, 9)])
+    data = write(tmp_path / "data.jsonl", records("tatsu-lab/alpaca"))
     words = [str(tmp_path / "t5"), data, "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
     trainer = sft_seq2seq.main(words)
     callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "run"))
