@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -44,9 +45,23 @@ class RunningCalls:
         self.ran_in_training = False
         self.is_on = False
         self.group: SequenceParallelGroup | None = None
+        self._thread = 0
 
     def begin(self, index: int, given: dict[str, Any]) -> dict[str, Any] | None:
-        """Record a call. Returns the outer call of the same module, if its forward calls itself."""
+        """Record a call. Returns the outer call of the same module, if its forward calls itself.
+
+        Raises:
+            NEFTuneError: A call in another thread is running.
+        """
+        if not torch.compiler.is_compiling():
+            thread = threading.get_ident()
+            is_in_backward = torch._C._current_graph_task_id() != -1  # which may have a thread of its own
+            if self.given and thread != self._thread and not is_in_backward:
+                raise NEFTuneError(
+                    "Two threads run one model at the same time, and NEFTune would mix up the lengths of their "
+                    "sequences. Run one forward pass after the other, or use a process per copy of the model."
+                )
+            self._thread = thread
         outer = self.given.get(index)
         self.given[index] = given
         return outer

@@ -2,12 +2,11 @@
 
     python scripts/address.py https://github.com/OWNER/NAME [FILE ...]
 
-By default README.md, whose relative links become absolute for PyPI, pyproject.toml, mkdocs.yml, and the notebook, which
-gets a Colab badge. The workflows do this before they build; nothing needs to be committed.
+By default README.md, whose relative links become absolute for PyPI, pyproject.toml and mkdocs.yml. The workflows do this
+before they build; nothing needs to be committed.
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -25,17 +24,7 @@ def mkdocs(text: str, address: str) -> str:
     return re.sub(r"(?m)^(repo_url: .*\n)?(?=docs_dir: )", f"repo_url: {address}\n", text, count=1)
 
 
-def notebook(text: str, address: str) -> str:
-    content = json.loads(text)
-    path = address.removeprefix("https://github.com/")
-    url = f"https://colab.research.google.com/github/{path}/blob/main/docs/quickstart.ipynb"
-    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
-    source = [line for line in content["cells"][0]["source"] if "colab-badge" not in line]
-    content["cells"][0]["source"] = [f"{badge}\n", *source]
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-FILES = {"README.md": readme, "pyproject.toml": pyproject, "mkdocs.yml": mkdocs, "docs/quickstart.ipynb": notebook}
+FILES = {"README.md": readme, "pyproject.toml": pyproject, "mkdocs.yml": mkdocs}
 
 
 def main(argv: list[str] | None = None) -> None:

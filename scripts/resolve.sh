@@ -19,6 +19,7 @@ done <<'TABLE'
 []     axolotl>=0.21
 []     llamafactory>=0.9.5
 []     ms-swift>=4.6
+[]     oumi>=0.9
 []     sentence-transformers>=6.2
 []     unsloth>=2026.10
 [trl]  axolotl>=0.19

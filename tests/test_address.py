@@ -1,6 +1,5 @@
 """scripts/address.py puts the repository's address into copies of the files that need it, once."""
 
-import json
 import re
 import shutil
 import tomllib
@@ -18,7 +17,6 @@ def test_each_file_gets_the_address_once(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    before = (tmp_path / "docs/quickstart.ipynb").read_text()
     address.main([ADDRESS])
     first = {name: (tmp_path / name).read_text(encoding="utf-8") for name in address.FILES}
     address.main([f"{ADDRESS}/"])
@@ -32,10 +30,6 @@ def test_each_file_gets_the_address_once(tmp_path, monkeypatch):
     assert tomllib.loads(first["pyproject.toml"])["project"]["urls"]["Repository"] == ADDRESS
     assert re.search(rf"(?m)^repo_url: {ADDRESS}$", first["mkdocs.yml"])
     assert yaml.safe_load("".join(first["mkdocs.yml"].partition("nav:")[:1]))["repo_url"] == ADDRESS
-    cells = json.loads(first["docs/quickstart.ipynb"])["cells"]
-    assert "/github/someone/something/blob/main/docs/quickstart.ipynb)" in cells[0]["source"][0]
-    cells[0]["source"].pop(0)
-    assert cells == json.loads(before)["cells"]
 
 
 def test_one_file_alone(tmp_path, monkeypatch):

@@ -79,10 +79,7 @@ def test_the_two_configs_have_the_same_fields():
     assert set(FIELDS) == set(ours) == set(trls) == set(documented) == set(entries) == set(rows)
     assert set(CHOICES) < set(FIELDS)
     for name, field in ours.items():
-        is_own = name != "neftune_noise_alpha"  # a field of transformers
         assert trls[name].default == field.default
-        # Not the fields' types, which transformers' parser overwrites.
-        assert not is_own or NEFTuneSFTConfig.__annotations__[name] == NEFTuneConfig.__annotations__[name]
         optional = " *optional*" if field.default is None else f" defaults to `{field.default!r}`".replace("'", '"')
         assert documented[name].partition(",")[2] == optional
         assert documented[name].startswith(f"`{str(getattr(field.type, '__name__', field.type)).split(' |')[0]}`")

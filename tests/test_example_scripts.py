@@ -57,8 +57,10 @@ def test_the_encoder_decoder(tmp_path, monkeypatch):
 
 
 def run_command_of_table(use: str, model: str, data: str, folder) -> str:
-    """Run the command of README's table under `use` for two steps; returns what it prints."""
-    words = shlex.split(re.search(rf"(?m)^\| {use} \| `([^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))[1])
+    """Run the command of the table of docs/index.md under `use` for two steps; returns what it prints."""
+    words = shlex.split(
+        re.search(rf"(?m)^\| {use} \| `([^`]+)`", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))[1]
+    )
     for option, value in {"--model_name_or_path": model, "--dataset_name": data, "--output_dir": str(folder)}.items():
         words[words.index(option) + 1] = value
     words += shlex.split("--max_steps 2 --logging_steps 1 --use_cpu --bf16 false --report_to none --dtype float32")

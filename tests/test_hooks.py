@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 import warnings
 
 import pytest
@@ -194,6 +195,31 @@ def test_the_padded_length_needs_no_mask_and_warns_of_none():
     with attach(model, neftune_noise_alpha=ALPHA, neftune_length="padded"), warnings.catch_warnings():
         warnings.simplefilter("error", NEFTuneWarning)
         assert model.model.embed_tokens(IDS).ne(model.model.embed_tokens.weight[IDS]).all()
+
+
+def test_two_threads_that_run_one_model_are_refused():
+    model, errors = tiny_llama().train(), []
+
+    def another(*call):
+        def run():
+            with pytest.raises(NEFTuneError, match="Two threads run one model"):
+                model.forward(**BATCH)
+            errors.append("refused")
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    with attach(model, neftune_noise_alpha=5):
+        hook = model.model.embed_tokens.register_forward_pre_hook(another)
+        model(**BATCH)
+        hook.remove()
+        thread = threading.Thread(target=model, kwargs=BATCH)  # one after the other is fine
+        thread.start()
+        thread.join()
+        noise = noise_of(model, **BATCH)
+    assert errors == ["refused"]
+    assert not noise[1, 4:].any()
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

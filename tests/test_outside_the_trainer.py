@@ -17,7 +17,7 @@ from neftune_hf import NEFTuneError, attach
 from .conftest import ROOT, tiny_llama
 from .helpers import LABELLED_BATCH, lookups
 
-PAGE = (ROOT / "docs" / "outside_the_trainer.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
 
 
 def test_the_code_calls_attach_with_known_settings():
