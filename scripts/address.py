@@ -2,8 +2,8 @@
 
     python scripts/address.py https://github.com/OWNER/NAME [FILE ...]
 
-By default README.md, whose relative links become absolute for PyPI, pyproject.toml and mkdocs.yml. The workflows do this
-before they build; nothing needs to be committed.
+By default README.md, whose relative links become absolute for PyPI, pyproject.toml and mkdocs.yml. The workflows do
+this before they build; nothing needs to be committed.
 """
 
 import argparse
