@@ -246,9 +246,9 @@ def _read(arguments: "Arguments", options: argparse.Namespace) -> _Data:
     contents: dict[str, Any] = {name: fingerprint(rows) for name, rows in (records | {"train": train}).items()}
     contents |= {"prompts": fingerprint([prompts]), "model": model}
     if options.tasks:
-        from ..compare import tasks
+        from ..compare.tasks import load_tasks
 
-        contents["tasks"] = tasks.contents(options.tasks)
+        *_, contents["tasks"] = load_tasks(options.tasks)
     return _Data(tokenizer, train, records, prompts, contents)
 
 

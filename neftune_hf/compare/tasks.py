@@ -17,8 +17,12 @@ from .runs import fingerprint
 
 
 @functools.cache
-def load_tasks(names: str) -> tuple[Any, list[Any]]:
-    """Load tasks with their data; returns the harness's manager of tasks, and the tasks.
+def load_tasks(names: str) -> tuple[Any, list[Any], str]:
+    """Load tasks with their data.
+
+    Returns:
+        `tuple`: The harness's manager of tasks, the tasks, and a hash of their settings and documents and of the
+        harness's version.
 
     Args:
         names (`str`): As in `lm_eval --tasks`: names or YAML files, separated by commas.
@@ -36,13 +40,9 @@ def load_tasks(names: str) -> tuple[Any, list[Any]]:
     for task in tasks:
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise NEFTuneConfigError(f"`--tasks`: {task.task_name} runs generated code or needs images. Leave it out.")
-    return manager, tasks
-
-
-def contents(names: str) -> str:
-    """A hash of the tasks' settings and documents, and of the harness's version."""
-    rows = (row for task in load_tasks(names)[1] for row in (task.dump_config(), *task.eval_docs))
-    return fingerprint([lm_eval.__version__, *rows])
+    # now, because an evaluation changes the settings
+    rows = (row for task in tasks for row in (task.dump_config(), *task.eval_docs))
+    return manager, tasks, fingerprint([lm_eval.__version__, *rows])
 
 
 def evaluate(model: Any, names: str, limit: int | None, tokenizer: Any, batch_size: int) -> dict[str, list[float]]:
@@ -56,7 +56,7 @@ def evaluate(model: Any, names: str, limit: int | None, tokenizer: Any, batch_si
         tokenizer (`transformers.PreTrainedTokenizerBase`): If it has a chat template, the template is applied.
         batch_size (`int`): Documents per forward pass.
     """
-    manager, tasks = load_tasks(names)
+    manager, tasks, _ = load_tasks(names)
     network = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     options: Any = {"bootstrap_iters": 0, "apply_chat_template": bool(tokenizer.chat_template)}
     with contextlib.redirect_stderr(io.StringIO()):  # the harness's own progress bars

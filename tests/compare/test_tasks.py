@@ -9,7 +9,7 @@ import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 
-from neftune_hf.compare.tasks import contents, evaluate, load_tasks
+from neftune_hf.compare.tasks import evaluate, load_tasks
 from neftune_hf.errors import NEFTuneConfigError
 
 from ..conftest import ROOT, byte_tokenizer, tiny_llama
@@ -88,10 +88,12 @@ def test_what_cannot_be_loaded_is_named(names):
 
 
 def test_the_hash_of_a_task_is_that_of_its_documents_and_settings(tmp_path):
-    found = []
-    for name, answers in {"one": COLOURS, "two": COLOURS, "three": COLOURS[:2]}.items():
-        (tmp_path / name).mkdir()
-        file = write_choices(tmp_path / name, answers)
-        found.append(contents(file))
-    assert found[0] == contents(str(tmp_path / "one" / "colours.yaml"))
-    assert found[0] != found[2]
+    file = write_choices(tmp_path)
+    *_, before = load_tasks(file)
+    evaluate(tiny_llama(), file, 2, byte_tokenizer(), 2)
+    assert load_tasks(file)[2] == before
+    load_tasks.cache_clear()  # as in another process
+    assert load_tasks(file)[2] == before
+    write_choices(tmp_path, COLOURS)
+    load_tasks.cache_clear()
+    assert load_tasks(file)[2] != before
