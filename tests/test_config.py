@@ -90,9 +90,7 @@ def test_the_two_configs_have_the_same_fields():
 
 
 def test_keyword_arguments_are_the_fields_with_their_types():
-    assert list(NEFTuneFields.__annotations__.items()) == [
-        (field.name, field.type) for field in dataclasses.fields(NEFTuneConfig)
-    ]
+    assert NEFTuneFields.__annotations__ == NEFTuneConfig.__annotations__
     for function in (attach, NEFTuneCallback.__init__):
         assert function.__annotations__["fields"] == Unpack[NEFTuneFields]
 

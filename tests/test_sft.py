@@ -142,5 +142,5 @@ def test_the_model_card_of_a_noised_run_has_a_tag(alpha, tmp_path):
 def test_a_machine_without_bfloat16_is_told_what_to_set(tmp_path):
     with pytest.raises(NEFTuneError, match=r"`bf16` is True, TRL's default.* Set `bf16=False`"):
         NEFTuneSFTConfig(output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="evaluation"):  # the host's own errors stay
-        NEFTuneSFTConfig(output_dir=str(tmp_path), bf16=False, eval_strategy="steps", load_best_model_at_end=True)
+    with pytest.raises(ValueError, match="strategy"):  # the host's own errors stay
+        NEFTuneSFTConfig(output_dir=str(tmp_path), bf16=False, eval_strategy="no", load_best_model_at_end=True)
