@@ -106,6 +106,7 @@ def test_runs_are_pairs(compared, tmp_path):
     assert again[1, 0]["losses"] != again[0, 0]["losses"]
 
 
+@pytest.mark.slow
 def test_a_run_is_taken_only_if_all_that_it_depends_on_is_equal(config, model_folder, tmp_path, caplog):
     rows, model = records("tatsu-lab/alpaca", 8), shutil.copytree(model_folder, tmp_path / "model")
     words = ["--alphas", "5", "--vary", "neftune_length=sequence,padded", "--model_name_or_path", str(model)]

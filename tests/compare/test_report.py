@@ -176,6 +176,7 @@ def test_what_was_not_planned_is_told(tmp_path):
         assert "Even with no real effect, about 1 interval in 20 excludes 0" in page
 
 
+@pytest.mark.slow
 def test_several_settings_are_corrected_for_their_number(tmp_path):
     made = runs([0, 0, 0, 0.5], records=12)
     write_report(tmp_path, made)
