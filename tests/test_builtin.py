@@ -148,7 +148,7 @@ def test_encoder_decoders(name):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("preserve_rng_state", [True, False])
 def test_gradient_checkpointing(preserve_rng_state, use_reentrant):
-    """gradient checkpointing around the embedding"""
+    """gradient checkpointing"""
     model, ids, passes = tiny_llama().train(), torch.randint(3, VOCAB, (2, 6)), []
     activate_neftune(model, ALPHA)
     embedding = model.get_input_embeddings()
