@@ -88,7 +88,7 @@ class Watch:
 
 
 def pad_evenly(rows):
-    """Collate as DeepSpeed needs it on gloo: with positions, and one width that the number of processes divides."""
+    """Collate for equal parts, and as DeepSpeed needs it on gloo: with positions, and one width."""
     batch = pad(rows)
     missing = 18 - batch["input_ids"].shape[1]
     for name, value in (("input_ids", 2), ("labels", -100), ("attention_mask", 0)):
@@ -143,7 +143,7 @@ def main(setup: str, folder: Path, phase: str = "run") -> None:
     if setup not in ("ddp", "fsdp2"):  # FSDP1 crashes when it gathers a checkpoint on CPUs
         settings |= {"save_strategy": "no"}
     trainer = make(folder / "run", NEFTuneTrainer, model=model, **settings)
-    if setup == "sp":
+    if setup in ("cp", "sp"):
         trainer.data_collator = pad_evenly
     trainer.grave = folder / "grave" if phase == "die" else None
     checkpoint = get_last_checkpoint(str(folder / "run")) if (folder / "run").exists() else None
