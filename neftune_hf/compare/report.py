@@ -54,8 +54,8 @@ def _noise(setting: dict[str, Any]) -> list[str]:
     """The size of a setting's noise, and what went wrong in its runs."""
     lines, db, failed = [], setting["snr_db"], setting["failed"]
     if db is not None and math.isfinite(db):
-        meaning = "the noise exceeds the embeddings; try a lower alpha" if db < 0 else "the signal-to-noise ratio in dB"
-        lines.append(f"{setting['name']}: SNR {db:.1f} dB: {meaning}.")
+        said = f"SNR {db:.1f} dB: the noise exceeds the embeddings; try a lower alpha"
+        lines.append(f"{setting['name']}: {said if db < 0 else f'signal-to-noise ratio (SNR) {db:.1f} dB'}.")
     if setting["diverged"]:
         seeds = ", ".join(map(str, setting["diverged"]))
         lines.append(f"{setting['name']}: diverged with seed {seeds}: losses are not numbers. It is not compared.")

@@ -46,7 +46,7 @@ def test_a_planted_difference_is_told_with_its_size(tmp_path):
     said, differences = reported(runs([0, -0.05], length=1.5), tmp_path)
     held_out = differences["alpha 5"]
     assert held_out.low < -5 < held_out.high < -3
-    assert said.startswith("alpha 5: SNR 20.0 dB: the signal-to-noise ratio in dB.\n")
+    assert said.startswith("alpha 5: signal-to-noise ratio (SNR) 20.0 dB.\n")
     last = said.splitlines()[-1]
     assert f"alpha 5 against alpha 0: a difference in held-out loss, {held_out.estimate:+.2f} %" in last
     assert re.search(r"; training loss -\d\.\d\d % \[.*completions 1\.5\d times as long", last)
