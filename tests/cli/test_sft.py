@@ -243,9 +243,7 @@ def test_errors_name_the_setting_before_anything_runs(config, runs, capsys, chan
     assert runs == []
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "expected the node content"), ("- a", "must contain a YAML mapping")]
-)
+@pytest.mark.parametrize(("content", "message"), [("a: [", "expected the node content"), ("- a", "mapping")])
 def test_a_config_that_is_none(content, message, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(content)
     assert main(["sft", "--config", str(tmp_path / "run.yaml")]) == 2
@@ -311,7 +309,8 @@ def test_a_text_column_of_another_name(streaming, config, runs, tmp_path):
     rows = write(tmp_path / "text.jsonl", [row | {"body": "A body."} for row in RECORDS])
     path = config(dataset_name=rows, dataset_text_field="body", dataset_streaming=streaming)
     assert main(["sft", "--config", path]) == 0
-    assert byte_tokenizer().decode(next(iter(runs[0].train_dataset))["labels"]) == "A body.</s>"
+    text = byte_tokenizer().decode(next(iter(runs[0].train_dataset))["labels"])
+    assert text.removesuffix("</s>") == "A body."  # older TRL adds no end to plain text
 
 
 def test_help_lists_the_recipes_and_trls_fields(capsys):
