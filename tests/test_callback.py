@@ -185,9 +185,9 @@ def test_an_adapter_that_is_merged_in_mid_run_is_noised_on_or_said(target, tmp_p
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=[target]))
     trainer = make(tmp_path, model=model, callbacks=[callback := NEFTuneCallback(neftune_noise_alpha=5), Merge()])
     if target == "embed_tokens":
-        with pytest.raises(
-            NEFTuneError, match=r"embed_tokens \(Embedding, d=32\) no longer exists.*`merge_and_unload\(\)`"
-        ):
+        # An older PEFT keeps the replaced module, which then gets no ids.
+        said = r"embed_tokens .* (no longer exists.*`merge_and_unload\(\)`|embeds its tokens with another module)"
+        with pytest.raises(NEFTuneError, match=said):
             train(trainer)
     else:
         train(trainer)
