@@ -87,10 +87,10 @@ def _verdict(name: str, results: dict[str, Any]) -> str:
 
 def _on_loss(loss: Interval) -> str:
     change = _change(loss, "relative")
+    if max(abs(loss.low), abs(loss.high)) < _SMALL:  # also one that excludes 0
+        return f"no difference in held-out loss beyond {_SMALL:g} % ({change})"
     if loss.excludes_zero:
         return f"a difference in held-out loss, {change}"
-    if max(abs(loss.low), abs(loss.high)) < _SMALL:
-        return f"no difference in held-out loss beyond {_SMALL:g} % ({change})"
     return f"cannot tell whether held-out loss differs ({change}, half-width {loss.half_width:.2f} %)"
 
 
