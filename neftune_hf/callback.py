@@ -243,9 +243,8 @@ def _divides_by_a_clean_pass(args) -> bool:
     return args.use_vllm or args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
 
 
-fallback: Callable[[], NEFTuneCallback] | None = (
-    None  # for a Trainer that only has alpha, while `patch_transformers` is on
-)
+# Makes the callback of a Trainer that only has alpha in its args; set while `patch_transformers` is on.
+fallback: Callable[[], NEFTuneCallback] | None = None
 
 
 def callback_of(handler: CallbackHandler) -> NEFTuneCallback | None:

@@ -82,7 +82,7 @@ def summary(trainer: "NEFTuneSFTTrainer") -> str:
         config = run.config
         noise = f"{config.neftune_noise_type}, alpha {config.neftune_noise_alpha:g} ({config.neftune_schedule})"
         if (db := training.mean_snr_db(trainer)) is not None:
-            noise += f": SNR {db:+.1f} dB, measured on a sample of the training tokens"
+            noise += f": SNR {db:+.1f} dB, measured on the training tokens"
         lines.append(f"  noise          {noise}")
     else:
         lines.append("  noise          off (neftune_noise_alpha is None or 0)")
